@@ -1,0 +1,405 @@
+"""Every setting of a run, as frozen dataclasses.
+
+A config file (`configs/*.py`) fills the `ml_collections.ConfigDict` that `default_config` returns,
+the command line overrides it, and `freeze` turns it into a `Config`. From there on nothing can
+change a setting, and nothing but this module knows of ml_collections.
+
+An unset field is `""` or `0`, with the meaning given beside it: `None` could not be overridden from
+the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+# Fields that a resumed run may change: they move rounding, cost or what is printed, never the
+# mathematics of the run or the order of its data.
+_MAY_CHANGE = types.MappingProxyType({"may_change": True})
+
+
+def _free(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata=_MAY_CHANGE)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-2 architecture; the defaults are TinyLlama-1.1B (arXiv 2401.02385, table 1)."""
+
+    vocab_size: int = 32000
+    num_layers: int = 22
+    d_model: int = 2048
+    num_heads: int = 32
+    num_kv_heads: int = 4
+    head_dim: int = 64
+    d_ff: int = 5632
+    max_seq_len: int = 2048  # the longest context; exported as max_position_embeddings
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    compute_dtype: str = _free("auto")  # auto: bfloat16 on accelerators, float32 on CPU
+    attention: str = _free("auto")  # an implementation of kernels.attention
+    remat: str = _free("none")  # what the backward pass recomputes: none, dots, attention, full
+    scan_unroll: int = _free(1)  # layers per scan iteration; 0: all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of text, with its share of the training tokens."""
+
+    name: str = ""
+    path: str = ""  # a file, a directory or a glob; tfds:NAME; for format "embedded": code or text
+    format: str = "auto"  # auto (by file ending), text, jsonl, parquet, tfds, embedded
+    text_key: str = "text"  # the column or JSON key that holds the document
+    weight: float = 1.0  # share of the training tokens, relative to the other sources
+    validation_fraction: float = 0.005  # of the documents, chosen by hash; embedded: by module
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[SourceConfig, ...] = ()
+    tokenizer: str = ""  # a SentencePiece .model; "": the 4096-piece one shipped in the package
+    prepared: str = _free("prepared")  # the directory that holds prepared corpora
+    boundary: str = "bos+eos"  # what marks a document in the stream: bos+eos, bos, eos
+    seq_len: int = 2048
+    document_mask: bool = False  # attention stays inside a document (TinyLlama's did not)
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101), with TinyLlama's values."""
+
+    learning_rate: float = 4e-4
+    min_learning_rate: float = 4e-5
+    schedule: str = "cosine"  # cosine, linear, wsd
+    warmup_steps: int = 2000
+    decay_steps: int = 0  # length of the decay; 0: to the end of the run (wsd: its last 20%)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    weight_decay_rule: str = "all"  # all: every parameter, as TinyLlama did; matrices: no norms
+    grad_clip_norm: float = 1.0  # 0: no clipping
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    train_tokens: int = 3_000_000_000_000
+    global_batch_tokens: int = 2_097_152  # tokens per optimizer step
+    micro_batch_size: int = _free(8)  # sequences per device per forward pass
+    z_loss: float = 0.0  # weight of logsumexp^2 in the loss
+    loss_chunk_tokens: int = _free(0)  # tokens whose logits exist at once; 0: by backend
+    seed: int = 0  # of the initial params
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    every_steps: int = _free(1000)  # 0: only at the end
+    tokens: int = _free(1_048_576)  # validation tokens per source; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = _free(1000)  # 0: only at the end
+    keep_last: int = _free(3)
+    milestone_tokens: int = _free(0)  # keep one step per this many tokens for ever; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    every_steps: int = _free(10)
+    tensorboard: bool = _free(True)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How text is drawn: at the end of training, and where `generate` is not told otherwise."""
+
+    prompt: str = _free("")
+    max_new_tokens: int = _free(128)
+    temperature: float = _free(0.8)  # 0: greedy
+    top_k: int = _free(50)  # 0: off
+    top_p: float = _free(1.0)  # 1: off
+    min_p: float = _free(0.0)  # 0: off
+    repetition_penalty: float = _free(1.0)  # 1: off
+    seed: int = _free(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps that spend the token budget; the last one may go past it."""
+        return -(-self.training.train_tokens // self.training.global_batch_tokens)
+
+    @property
+    def batch_rows(self) -> int:
+        """Sequences per optimizer step."""
+        return self.training.global_batch_tokens // self.data.seq_len
+
+    def accumulation_steps(self, device_count: int) -> int:
+        """Micro-batches that one optimizer step sums over."""
+        return self.batch_rows // (self.training.micro_batch_size * device_count)
+
+
+def default_config():
+    """Returns a `ConfigDict` of all defaults, for a config file to fill.
+
+    Sources are a dict by name: `config.data.sources.books = source(path="books/*.txt")`.
+    """
+    import ml_collections
+
+    return ml_collections.ConfigDict(to_dict(Config()))
+
+
+def source(**settings: Any):
+    """Returns a `ConfigDict` of one `SourceConfig` (its name is the key it is stored under)."""
+    import ml_collections
+
+    fields = to_dict(SourceConfig())
+    del fields["name"]
+    return ml_collections.ConfigDict({**fields, **settings})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict of a config dataclass, sources by name; `freeze` is its inverse."""
+    result = dataclasses.asdict(config)
+    data = result.get("data", result)
+    if "sources" in data:
+        data["sources"] = {entry.pop("name"): entry for entry in map(dict, data["sources"])}
+    return result
+
+
+def freeze(config: Mapping[str, Any]) -> Config:
+    """Turns a `ConfigDict` or a plain nested dict (config.json) into a `Config`.
+
+    Raises:
+      ValueError: unknown keys (with the nearest known one) or values of a wrong type, all at once.
+    """
+    tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    problems: list[str] = []
+    frozen = _build(Config, tree, "config", problems)
+    _raise_all(problems)
+    return frozen
+
+
+def load_config_file(path: str) -> Config:
+    """The `Config` of a config file (`configs/*.py`), without command-line overrides."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("tinyllama_jax_config_file", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python config file; see configs/quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return freeze(module.get_config())
+
+
+def _build(cls: Any, tree: Mapping[str, Any], path: str, problems: list[str]) -> Any:
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(hints)}"
+            problems.append(f"{path}.{key} is not a setting{hint}")
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(hints[key], value, f"{path}.{key}", problems)
+        elif key == "sources":
+            # Sorted by name, so that the order of the mixture does not hang on the file's layout.
+            values[key] = tuple(
+                _build(SourceConfig, {**entry, "name": name}, f"{path}.sources.{name}", problems)
+                for name, entry in sorted(value.items())
+            )
+        else:
+            values[key] = _coerce(value, hints[key], f"{path}.{key}", problems)
+    return cls(**values)
+
+
+def _coerce(value: Any, kind: type, path: str, problems: list[str]) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 2e6 is a natural way to write a count
+    if type(value) is not kind:
+        problems.append(f"{path} = {value!r} is a {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int = 0) -> None:
+    """Checks every rule that joins settings, and raises once with all that fail.
+
+    Args:
+      config: the settings.
+      device_count: accelerators (or CPU devices) that share a batch.
+      tokenizer_vocab_size: pieces of the tokenizer in use; 0: not known, not checked.
+
+    Raises:
+      ValueError: one line per problem: the setting, its value, why it matters, what to set.
+    """
+    problems: list[str] = []
+
+    def require(ok: bool, problem: str) -> None:
+        if not ok:
+            problems.append(problem)
+
+    def positive(section: str, values: Any, *names: str) -> None:
+        for name in names:
+            value = getattr(values, name)
+            require(value > 0, f"{section}.{name} = {value} must be greater than 0")
+
+    def not_negative(section: str, values: Any, *names: str) -> None:
+        for name in names:
+            value = getattr(values, name)
+            require(value >= 0, f"{section}.{name} = {value} must not be negative")
+
+    def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+        require(value in allowed, f'{name} = "{value}" is not one of {", ".join(allowed)}')
+
+    m, d, o, t = config.model, config.data, config.optimizer, config.training
+    positive(
+        "model", m, "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim",
+        "d_ff", "max_seq_len", "rope_theta", "norm_eps",
+    )  # fmt: skip
+    not_negative("model", m, "scan_unroll")
+    positive("data", d, "seq_len")
+    positive("optimizer", o, "learning_rate", "eps")
+    not_negative(
+        "optimizer", o, "min_learning_rate", "warmup_steps", "decay_steps", "weight_decay",
+        "grad_clip_norm",
+    )  # fmt: skip
+    positive("training", t, "train_tokens", "global_batch_tokens", "micro_batch_size")
+    not_negative("training", t, "z_loss", "loss_chunk_tokens", "seed")
+    not_negative("evaluation", config.evaluation, "every_steps", "tokens")
+    not_negative("checkpoint", config.checkpoint, "every_steps", "milestone_tokens")
+    positive("checkpoint", config.checkpoint, "keep_last")
+    positive("logging", config.logging, "every_steps")
+    positive("sampling", config.sampling, "top_p", "repetition_penalty")
+    not_negative("sampling", config.sampling, "max_new_tokens", "temperature", "top_k", "min_p")
+    one_of("model.compute_dtype", m.compute_dtype, ("auto", "float32", "bfloat16"))
+    one_of("model.remat", m.remat, ("none", "dots", "attention", "full"))
+    one_of("data.boundary", d.boundary, ("bos+eos", "bos", "eos"))
+    one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "wsd"))
+    one_of("optimizer.weight_decay_rule", o.weight_decay_rule, ("all", "matrices"))
+
+    if m.num_kv_heads > 0:
+        require(
+            m.num_heads % m.num_kv_heads == 0,
+            f"model.num_heads = {m.num_heads} is not a multiple of model.num_kv_heads = "
+            f"{m.num_kv_heads}: each key/value head serves a whole group of query heads",
+        )
+    require(
+        m.head_dim % 2 == 0,
+        f"model.head_dim = {m.head_dim} is odd: rotary embedding turns pairs of channels",
+    )
+    require(
+        not m.scan_unroll or m.num_layers % m.scan_unroll == 0,
+        f"model.scan_unroll = {m.scan_unroll} does not divide model.num_layers = {m.num_layers}; "
+        f"set a divisor, or 0 to unroll all layers",
+    )
+    require(
+        d.seq_len <= m.max_seq_len,
+        f"data.seq_len = {d.seq_len} is longer than model.max_seq_len = {m.max_seq_len}: "
+        f"exported models would claim a shorter context than they were trained on",
+    )
+    require(
+        not tokenizer_vocab_size or tokenizer_vocab_size <= m.vocab_size,
+        f"the tokenizer has {tokenizer_vocab_size} pieces but model.vocab_size = {m.vocab_size}: "
+        f"ids past it have no embedding; set model.vocab_size = {tokenizer_vocab_size}",
+    )
+    for beta in ("beta1", "beta2"):
+        value = getattr(o, beta)
+        require(0 <= value < 1, f"optimizer.{beta} = {value} must be in [0, 1)")
+    require(
+        o.min_learning_rate <= o.learning_rate,
+        f"optimizer.min_learning_rate = {o.min_learning_rate} is above optimizer.learning_rate = "
+        f"{o.learning_rate}: the schedule would rise where it should decay",
+    )
+
+    if min(t.global_batch_tokens, t.micro_batch_size, t.train_tokens, d.seq_len, device_count) > 0:
+        per_pass = t.micro_batch_size * d.seq_len * device_count
+        require(
+            t.global_batch_tokens % per_pass == 0,
+            f"training.global_batch_tokens = {t.global_batch_tokens} is not a multiple of the "
+            f"{per_pass} tokens of one pass (micro_batch_size {t.micro_batch_size} x seq_len "
+            f"{d.seq_len} x {device_count} devices); the nearest that fits is "
+            f"{max(1, round(t.global_batch_tokens / per_pass)) * per_pass}",
+        )
+        steps = config.total_steps
+        require(
+            o.warmup_steps < steps,
+            f"optimizer.warmup_steps = {o.warmup_steps} does not end within the {steps} steps of "
+            f"the run (train_tokens / global_batch_tokens): the learning rate would never peak",
+        )
+        require(
+            o.warmup_steps + o.decay_steps <= steps,
+            f"optimizer.warmup_steps + decay_steps = {o.warmup_steps + o.decay_steps} is more "
+            f"than the {steps} steps of the run: the schedule would be cut off",
+        )
+
+    for entry in d.sources:
+        name = f"data.sources.{entry.name}"
+        one_of(f"{name}.format", entry.format,
+               ("auto", "text", "jsonl", "parquet", "tfds", "embedded"))  # fmt: skip
+        require(entry.path != "", f"{name}.path is empty: name the files to read")
+        require(entry.weight > 0, f"{name}.weight = {entry.weight} must be greater than 0; "
+                "to leave a source out, remove it")  # fmt: skip
+        require(
+            0 <= entry.validation_fraction < 1,
+            f"{name}.validation_fraction = {entry.validation_fraction} must be in [0, 1)",
+        )
+        require(
+            entry.name.replace("_", "").replace("-", "").isalnum(),
+            f"{name}: a source's name becomes a directory and a metric; use letters, "
+            "digits, _ and -",
+        )
+    _raise_all(problems)
+
+
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        raise ValueError(f"the config has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def differences(saved: Config, now: Config) -> tuple[list[str], list[str]]:
+    """Compares the config of a run with the one that would continue it.
+
+    Returns:
+      Two lists of lines "setting: saved -> now": those that change what the run computes, and those
+      that a resumed run may change (rounding, cost and reporting only).
+    """
+    matters: list[str] = []
+    harmless: list[str] = []
+
+    def walk(a: Any, b: Any, path: str) -> None:
+        for field in dataclasses.fields(a):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            name = f"{path}{field.name}"
+            if dataclasses.is_dataclass(x):
+                walk(x, y, f"{name}.")
+            elif x != y:
+                lines = harmless if field.metadata.get("may_change") else matters
+                lines.append(f"{name}: {_short(x)} -> {_short(y)}")
+
+    walk(saved, now, "")
+    return matters, harmless
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):  # sources
+        return ", ".join(f"{s.name}({s.path}, weight {s.weight:g})" for s in value) or "none"
+    return repr(value)

@@ -1,0 +1,1 @@
+"""Between our params and other programs' files."""

@@ -1,0 +1,1 @@
+"""Raw text to prepared pages, and pages to batches."""

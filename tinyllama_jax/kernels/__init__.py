@@ -1,0 +1,1 @@
+"""The inner loops, each beside its readable reference."""

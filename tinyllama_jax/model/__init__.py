@@ -1,0 +1,1 @@
+"""The Llama architecture as pure functions of its params."""
