@@ -1,0 +1,1 @@
+"""TinyLlama in JAX."""
