@@ -1,0 +1,308 @@
+"""From prepared pages to batches: which windows each step reads, as a pure function.
+
+The rows of a run are counted from its start; step s reads rows `[s * R, (s + 1) * R)`. Row ->
+(source, window) is a function of the manifests, the data config and its seed alone. Nothing
+iterates, so there is no iterator state to save: any step can be read at any time, by any number of
+hosts.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import itertools
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from tinyllama_jax.config import Config
+from tinyllama_jax.data.batch import Batch
+from tinyllama_jax.data.mixture import Mixture
+from tinyllama_jax.data.stream import Document, ShardReaders, Stream, Windows
+
+_MAX_WINDOWS = 2**32 - 1  # Grain's shuffle permutes 32-bit indices
+
+
+class Row(NamedTuple):
+    """One row of a run: a window of a source."""
+
+    source: str
+    window: int
+
+
+class _Rows:
+    """The rows of one source in the order of its stream, for Grain to shuffle."""
+
+    def __init__(self, source: str, num_windows: int):
+        self._source = source
+        self._num_windows = num_windows
+
+    def __len__(self) -> int:
+        return self._num_windows
+
+    def __getitem__(self, window: int) -> Row:
+        return Row(self._source, int(window))
+
+
+class TrainingDataset:
+    """The batches of a pretraining run.
+
+    Each source is shuffled anew in each of its epochs; the sources are mixed exactly by weight.
+
+    Args:
+      streams: the training split of each source, by name; each holds at least one window.
+      weights: each source's share of the rows, in any unit.
+      seq_len: S, tokens per row.
+      batch_rows: R, rows per step.
+      seed: of the shuffles.
+    """
+
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        weights: Mapping[str, float],
+        *,
+        seq_len: int,
+        batch_rows: int,
+        seed: int,
+    ):
+        self.seq_len = seq_len
+        self.batch_rows = batch_rows
+        # In order of name, so that the order of the config's entries does not matter.
+        self.windows = {name: Windows(streams[name], seq_len) for name in sorted(streams)}
+        self._mixture = Mixture([weights[name] for name in self.windows])
+        self._rows = grain.MapDataset.select_from_datasets(
+            [
+                grain.MapDataset.source(_Rows(name, len(windows)))
+                .shuffle(seed=_source_seed(seed, name))
+                .repeat()
+                for name, windows in self.windows.items()
+            ],
+            self._mixture,
+        )
+
+    def rows_at(self, step: int) -> list[Row]:
+        """The R rows of a step."""
+        assert step >= 0, step
+        first = step * self.batch_rows
+        return [self._rows[row] for row in range(first, first + self.batch_rows)]
+
+    def batch_at(self, step: int) -> Batch:
+        """The batch of a step: tokens and targets `(R, S)` int32, every loss weight 1.
+
+        Raises:
+          DamagedDataError: a page that the step needs is damaged.
+        """
+        ids = np.stack([self.windows[row.source][row.window] for row in self.rows_at(step)])
+        return _batch(ids, np.ones((self.batch_rows, self.seq_len), np.float32))
+
+    def documents_at(self, step: int) -> list[list[Document]]:
+        """The documents that a step sees, row by row."""
+        return [self.windows[row.source].documents(row.window) for row in self.rows_at(step)]
+
+    def tokens_at(self, step: int) -> dict[str, int]:
+        """Tokens that the steps before `step` read from each source."""
+        counts = self._mixture.counts(step * self.batch_rows)
+        return {
+            name: count * self.seq_len for name, count in zip(self.windows, counts, strict=True)
+        }
+
+    def epochs_at(self, step: int) -> dict[str, float]:
+        """How often the steps before `step` have gone through each source."""
+        counts = self._mixture.counts(step * self.batch_rows)
+        return {
+            name: count / len(windows)
+            for (name, windows), count in zip(self.windows.items(), counts, strict=True)
+        }
+
+    def fingerprint(self, step: int, steps: int = 64) -> str:
+        """A sha256 of what the steps `[step, step + steps)` read.
+
+        It covers the rows and the hashes of the shards they are cut from: a run that finds another
+        value than its checkpoint holds would go on with other data than it began with.
+        """
+        digest = hashlib.sha256(f"{self.seq_len} {self.batch_rows}\n".encode())
+        for name, windows in self.windows.items():
+            shards = windows.stream.manifest.shards
+            digest.update(f"{name} {' '.join(shard.sha256 for shard in shards)}\n".encode())
+        for at in range(step, step + steps):
+            digest.update(
+                "".join(f"{name} {window}\n" for name, window in self.rows_at(at)).encode()
+            )
+        return digest.hexdigest()
+
+    def prefetch(
+        self, start_step: int, stop_step: int, depth: int = 2
+    ) -> Iterator[tuple[int, Batch]]:
+        """Yields `(step, batch)` in order, while a thread reads up to `depth` steps ahead.
+
+        An error of the thread is raised at the step it belongs to. Closing the iterator ends the
+        thread.
+        """
+        steps = iter(range(start_step, stop_step))
+        ahead: collections.deque[tuple[int, Future[Batch]]] = collections.deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
+
+            def request(count: int) -> None:
+                for step in itertools.islice(steps, count):
+                    ahead.append((step, reader.submit(self.batch_at, step)))
+
+            try:
+                request(depth)
+                while ahead:
+                    step, batch = ahead.popleft()
+                    request(1)
+                    yield step, batch.result()
+            finally:
+                reader.shutdown(cancel_futures=True)
+
+    def describe(self) -> str:
+        """One line per source: its size, what is left out of it, and its share of the rows."""
+        return "\n".join(
+            f"{name}: {windows.stream.num_tokens:,} tokens in "
+            f"{windows.stream.manifest.documents:,} documents, {len(windows):,} windows of "
+            f"{self.seq_len} ({windows.left_out} tokens of the last, incomplete one left out), "
+            f"{share / 10_000:g}% of the rows"
+            for (name, windows), share in zip(
+                self.windows.items(), self._mixture.millionths, strict=True
+            )
+        )
+
+
+def _source_seed(seed: int, source: str) -> int:
+    """A seed of its own for each source.
+
+    Grain shuffles epoch e with `seed + e`, so neighbouring seeds would walk through the same
+    permutations one epoch apart.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {source}".encode()).digest()[:4], "little")
+
+
+def _batch(ids: np.ndarray, loss_weights: np.ndarray) -> Batch:
+    return Batch(
+        tokens=np.ascontiguousarray(ids[:, :-1]),
+        targets=np.ascontiguousarray(ids[:, 1:]),
+        loss_weights=loss_weights,
+    )
+
+
+class ValidationDataset:
+    """The held-out split of one source, read from its beginning, the same every time.
+
+    Args:
+      stream: the validation split; at least two ids.
+      seq_len: S, tokens per row.
+      max_tokens: how many targets are enough; 0: all. Rounded up to a whole window.
+    """
+
+    def __init__(self, stream: Stream, *, seq_len: int, max_tokens: int):
+        self.stream = stream
+        self.seq_len = seq_len
+        targets = stream.num_tokens - 1
+        self.num_rows = -(-min(targets, max_tokens or targets) // seq_len)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets with loss weight 1 in all batches together."""
+        return min(self.num_rows * self.seq_len, self.stream.num_tokens - 1)
+
+    def batches(self, rows: int) -> Iterator[Batch]:
+        """Yields batches `(rows, S)` of consecutive windows.
+
+        Unlike training it also reads the stream's last, incomplete window. The rest of that row,
+        and the rows that fill up the last batch, hold zeros of loss weight 0.
+        """
+        for first in range(0, self.num_rows, rows):
+            ids = np.zeros((rows, self.seq_len + 1), np.int32)
+            loss_weights = np.zeros((rows, self.seq_len), np.float32)
+            for row in range(min(rows, self.num_rows - first)):
+                start = (first + row) * self.seq_len
+                count = min(self.seq_len + 1, self.stream.num_tokens - start)
+                ids[row, :count] = self.stream.read(start, count)
+                loss_weights[row, : count - 1] = 1
+            yield _batch(ids, loss_weights)
+
+
+class Datasets(NamedTuple):
+    """What a run reads."""
+
+    training: TrainingDataset
+    validation: dict[str, ValidationDataset]  # by source; none for a source that holds nothing out
+
+
+def open_datasets(
+    config: Config, prepared: Mapping[str, pathlib.Path], tokenizer_sha256: str
+) -> Datasets:
+    """Opens the prepared sources of a run and checks that they are what its config means.
+
+    Args:
+      config: the run's settings.
+      prepared: for each source its prepared directory, which holds `train` and, unless its
+        `validation_fraction` is 0, `validation`.
+      tokenizer_sha256: of the tokenizer that the run will use.
+
+    Raises:
+      FileNotFoundError, DamagedDataError: prepared data is absent or not what was written.
+      ValueError: the data does not fit the config, all reasons at once.
+    """
+    readers = ShardReaders()
+    training, validation, problems = {}, {}, []
+    for source in config.data.sources:
+        directory = pathlib.Path(prepared[source.name])
+        stream = training[source.name] = Stream(directory / "train", readers)
+        problems += _problems(stream, config, tokenizer_sha256)
+        num_windows = len(Windows(stream, config.data.seq_len))
+        if not 0 < num_windows <= _MAX_WINDOWS:
+            problems.append(
+                f"  - {stream.directory} holds {stream.num_tokens} tokens: {num_windows} windows "
+                f"of data.seq_len + 1 = {config.data.seq_len + 1}, but a source needs 1 to "
+                f"{_MAX_WINDOWS}; add text to data.sources.{source.name}, or set data.seq_len"
+            )
+        if source.validation_fraction > 0:
+            held_out = Stream(directory / "validation", readers)
+            problems += _problems(held_out, config, tokenizer_sha256)
+            if held_out.num_tokens > 1:
+                validation[source.name] = ValidationDataset(
+                    held_out, seq_len=config.data.seq_len, max_tokens=config.evaluation.tokens
+                )
+    if problems:
+        raise ValueError("\n".join(["the prepared data does not fit the config:", *problems]))
+    return Datasets(
+        TrainingDataset(
+            training,
+            {source.name: source.weight for source in config.data.sources},
+            seq_len=config.data.seq_len,
+            batch_rows=config.batch_rows,
+            seed=config.data.seed,
+        ),
+        validation,
+    )
+
+
+def _problems(stream: Stream, config: Config, tokenizer_sha256: str) -> Sequence[str]:
+    """What speaks against reading a stream in this run."""
+    manifest, problems = stream.manifest, []
+    if manifest.tokenizer_sha256 != tokenizer_sha256:
+        problems.append(
+            f"  - {stream.directory} was prepared with the tokenizer of sha256 "
+            f"{manifest.tokenizer_sha256}, but data.tokenizer has sha256 {tokenizer_sha256}: its "
+            f"ids would mean other text; set data.tokenizer to the former, or run "
+            f"python -m tinyllama_jax.prepare with the latter"
+        )
+    if manifest.vocab_size > config.model.vocab_size:
+        problems.append(
+            f"  - {stream.directory} has ids up to {manifest.vocab_size - 1}, but "
+            f"model.vocab_size = {config.model.vocab_size} has no embedding for them; set "
+            f"model.vocab_size = {manifest.vocab_size}"
+        )
+    if manifest.boundary != config.data.boundary:
+        problems.append(
+            f'  - {stream.directory} marks documents by "{manifest.boundary}", but data.boundary '
+            f'= "{config.data.boundary}"; set data.boundary = "{manifest.boundary}", or run '
+            f"python -m tinyllama_jax.prepare again"
+        )
+    return problems
