@@ -9,6 +9,7 @@ hosts.
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import pathlib
@@ -135,30 +136,35 @@ class TrainingDataset:
             )
         return digest.hexdigest()
 
+    @contextlib.contextmanager
     def prefetch(
         self, start_step: int, stop_step: int, depth: int = 2
-    ) -> Iterator[tuple[int, Batch]]:
-        """Yields `(step, batch)` in order, while a thread reads up to `depth` steps ahead.
+    ) -> Iterator[Iterator[Batch]]:
+        """A context whose iterator gives the batches of steps `[start_step, stop_step)` in order.
 
-        An error of the thread is raised at the step it belongs to. Closing the iterator ends the
-        thread.
+        A thread reads up to `depth` steps ahead, from the moment the context is entered until it is
+        left. An error of the thread is raised at the step that it belongs to.
         """
         steps = iter(range(start_step, stop_step))
-        ahead: collections.deque[tuple[int, Future[Batch]]] = collections.deque()
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
+        ahead: collections.deque[Future[Batch]] = collections.deque()
+        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
-            def request(count: int) -> None:
-                for step in itertools.islice(steps, count):
-                    ahead.append((step, reader.submit(self.batch_at, step)))
+        def request(count: int) -> None:
+            ahead.extend(
+                reader.submit(self.batch_at, step) for step in itertools.islice(steps, count)
+            )
 
-            try:
-                request(depth)
-                while ahead:
-                    step, batch = ahead.popleft()
-                    request(1)
-                    yield step, batch.result()
-            finally:
-                reader.shutdown(cancel_futures=True)
+        def batches() -> Iterator[Batch]:
+            while ahead:
+                batch = ahead.popleft().result()
+                request(1)
+                yield batch
+
+        try:
+            request(depth)
+            yield batches()
+        finally:
+            reader.shutdown(cancel_futures=True)
 
     def describe(self) -> str:
         """One line per source: its size, what is left out of it, and its share of the rows."""

@@ -11,6 +11,14 @@ import jax
 import jax.numpy as jnp
 
 
+def positions_and_segments(
+    tokens: jax.Array, boundary: str, bos_id: int, eos_id: int
+) -> tuple[jax.Array, jax.Array]:
+    """What `Llama.apply` needs to keep documents apart: `positions` and `segment_ids` of tokens."""
+    segments = segment_ids(tokens, boundary, bos_id, eos_id)
+    return positions(segments), segments
+
+
 def segment_ids(tokens: jax.Array, boundary: str, bos_id: int, eos_id: int) -> jax.Array:
     """Numbers the documents of each row.
 
