@@ -1,1 +1,1 @@
-"""Text to ids and back."""
+"""Text to token ids and back."""
