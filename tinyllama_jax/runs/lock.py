@@ -1,0 +1,199 @@
+"""One writer per run directory.
+
+LOCK names its holder (host, pid) and a counter that the holder raises every 15 seconds. On the same
+machine the pid decides whether the holder lives; from another machine the counter does, since
+clocks differ. There is no `flock`: network disks do not keep it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+LOCK = "LOCK"
+_BEAT_SECONDS = 15.0
+_WATCH_SECONDS = 40.0  # two beats, and room for a slow network disk
+
+
+class RunLock:
+    """Holds a run directory for writing while it is entered.
+
+    Raises on entering:
+      ValueError: another process writes to the run: who, and what to do.
+    """
+
+    def __init__(self, run_dir: Path):
+        self._path = Path(run_dir) / LOCK
+        self._entry = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_start": _process_start(os.getpid()),
+            "machine": _machine(),
+            "command": shlex.join(sys.argv),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "token": secrets.token_hex(8),
+            "counter": 0,
+        }
+        self._stop = threading.Event()
+        self._beating: threading.Thread | None = None
+
+    def __enter__(self) -> RunLock:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        while not self._create():
+            holder = _read(self._path)
+            if holder is None:  # removed, or being written, between the two calls
+                continue
+            self._refuse_or_take_over(holder)
+        self._beating = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._beating.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        if self._beating is not None:
+            self._beating.join()
+        if self._is_ours():
+            self._path.unlink(missing_ok=True)
+
+    def require_held(self) -> None:
+        """Checks that nobody has taken the run over, as happens to a process that slept for long.
+
+        Raises:
+          ValueError: somebody has, and this process must not write any more.
+        """
+        holder = _read(self._path)
+        if holder is None or holder["token"] != self._entry["token"]:
+            by = f"by {_described(holder)}" if holder else "and then released"
+            raise ValueError(
+                f"{self._path} was taken over {by}: this process did not raise its counter for "
+                f"{_WATCH_SECONDS:.0f} s and was believed dead. Two writers would mix their "
+                "metrics and checkpoints, so this one must stop"
+            )
+
+    def _create(self) -> bool:
+        """Puts the whole LOCK in place, unless there is one; a link is atomic on network disks."""
+        temporary = self._path.with_name(f"{LOCK}.{self._entry['token']}")
+        temporary.write_text(json.dumps(self._entry))
+        try:
+            os.link(temporary, self._path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        return True
+
+    def _refuse_or_take_over(self, holder: dict[str, Any]) -> None:
+        if holder["machine"] == self._entry["machine"]:
+            alive = _is_running(holder["pid"], holder["process_start"])
+        else:
+            _say(f"{self._path} is held by {_described(holder)}; watching for "
+                 f"{_WATCH_SECONDS:.0f} s whether it lives")  # fmt: skip
+            alive = self._counter_moves(holder)
+        if alive:
+            raise ValueError(
+                f"{self._path.parent} is being written by {_described(holder)}. Two writers would "
+                "mix their metrics and checkpoints: wait for it, stop it "
+                f"(on {holder['host']}: kill {holder['pid']}), or name another --workdir"
+            )
+        # Whoever renames it has it: of two that find it stale, one fails here and looks again.
+        stale = self._path.with_name(f"{LOCK}.stale.{self._entry['token']}")
+        try:
+            os.rename(self._path, stale)
+        except FileNotFoundError:
+            return
+        taken = _read(stale)
+        if taken is not None and taken["token"] != holder["token"]:
+            os.link(stale, self._path)  # the other one was faster: give it back its LOCK
+        else:
+            _say(f"taking over {self._path} from {_described(holder)}, which no longer runs")
+        stale.unlink()
+
+    def _counter_moves(self, holder: dict[str, Any]) -> bool:
+        deadline = time.monotonic() + _WATCH_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, _BEAT_SECONDS))
+            now = _read(self._path)
+            if now is None:
+                return False
+            if (now["token"], now["counter"]) != (holder["token"], holder["counter"]):
+                return True
+        return False
+
+    def _is_ours(self) -> bool:
+        holder = _read(self._path)
+        return holder is not None and holder["token"] == self._entry["token"]
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_BEAT_SECONDS):
+            try:
+                if not self._is_ours():
+                    return  # taken over; `require_held` says so
+                self._entry["counter"] += 1
+                temporary = self._path.with_name(f"{LOCK}.{self._entry['token']}")
+                temporary.write_text(json.dumps(self._entry))
+                os.replace(temporary, self._path)
+            except OSError:
+                continue  # a full disk or a slow server: the next beat tries again
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The holder's entry; None if there is no LOCK. One that is no entry reads as a dead holder."""
+    try:
+        entry = json.loads(path.read_text())
+        return {key: entry[key] for key in _NOBODY} | {"token": entry["token"]}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return {**_NOBODY, "machine": _machine(), "token": ""}
+
+
+_NOBODY = {"host": "an unknown host", "pid": 0, "process_start": "", "machine": "", "command": "",
+           "since": "an unknown time", "counter": 0}  # fmt: skip
+
+
+def _described(holder: dict[str, Any]) -> str:
+    return (f"process {holder['pid']} on {holder['host']} since {holder['since']} "
+            f"({holder['command']})")  # fmt: skip
+
+
+def _machine() -> str:
+    """What makes a pid mean the same process: host, boot and pid namespace (a container's own)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        boot = namespace = ""
+    return f"{socket.gethostname()} {boot} {namespace}"
+
+
+def _process_start(pid: int) -> str:
+    """When a process started, in clock ticks since boot, as pids are used again; "" if unknown."""
+    try:
+        # Field 22 of stat(5); the second field, the name, may itself hold spaces and brackets.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_running(pid: int, process_start: str) -> bool:
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's process
+    return _process_start(pid) == process_start
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
