@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -85,14 +86,14 @@ class ShardReaders:
         """Closes every open shard and forgets every page; reading again opens them anew."""
         with self._lock:
             while self._readers:
-                self._readers.popitem()[1].close()
+                _close(self._readers.popitem()[1])
             self._pages.clear()
 
     def _reader(self, path: pathlib.Path, entry: ShardEntry) -> Any:
         reader = self._readers.get(path)
         if reader is None:
             while len(self._readers) >= self._max_open:
-                self._readers.popitem(last=False)[1].close()
+                _close(self._readers.popitem(last=False)[1])
             reader = self._readers[path] = _open_shard(path, entry)
         else:
             self._readers.move_to_end(path)
@@ -115,12 +116,18 @@ def _open_shard(path: pathlib.Path, entry: ShardEntry) -> Any:
         raise DamagedDataError(f"{path} cannot be opened: {error}; {_PREPARE_AGAIN}") from error
     pages = reader.num_records()
     if pages != entry.pages:
-        reader.close()
+        _close(reader)
         raise DamagedDataError(
             f"{path} is damaged: it opens with {pages} pages and the manifest counts "
             f"{entry.pages}; {_PREPARE_AGAIN}"
         )
     return reader
+
+
+def _close(reader: Any) -> None:
+    # A reader that met damage reports it a second time here.
+    with contextlib.suppress(RuntimeError):
+        reader.close()
 
 
 def _check_size(path: pathlib.Path, entry: ShardEntry) -> None:
