@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
+import jax
 import numpy as np
 
 from tinyllama_jax.config import ModelConfig
@@ -93,9 +94,10 @@ class Entry:
     row: Row
     layer: int | None
 
-    def take(self, leaf: np.ndarray, config: ModelConfig) -> np.ndarray:
+    def take(self, leaf: np.ndarray | jax.Array, config: ModelConfig) -> np.ndarray:
         """Their tensor of our leaf."""
-        return self.row.to_theirs(leaf if self.layer is None else leaf[self.layer], config)
+        one = leaf if self.layer is None else leaf[self.layer]
+        return self.row.to_theirs(np.asarray(one), config)
 
     def put(self, leaf: np.ndarray, tensor: np.ndarray, config: ModelConfig) -> None:
         """Writes their tensor into our leaf, in the leaf's dtype."""

@@ -48,7 +48,9 @@ class Reader:
         with contextlib.ExitStack() as stack:
             self._files = {path: stack.enter_context(_open(path)) for path in _shards(directory)}
             self._names = [
-                (name, path) for path, file in self._files.items() for name in file.keys()
+                (name, path)
+                for path, file in self._files.items()
+                for name in file.keys()  # noqa: SIM118 (a file is not a mapping)
             ]
             self._stack = stack.pop_all()
         self._where = dict(self._names)
@@ -141,6 +143,9 @@ def write(
 
     Returns:
       The shards' paths.
+
+    Raises:
+      ValueError: a value that float16 cannot hold.
     """
     import safetensors.numpy
 
@@ -148,19 +153,34 @@ def write(
     weight_map, paths = {}, []
     for number, names in enumerate(plan, start=1):
         file = SINGLE if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
-        tensors = {name: np.ascontiguousarray(tensor(name), dtype) for name in names}
+        tensors = {name: _cast(name, tensor(name), dtype) for name in names}
         for name, array in tensors.items():
             assert array.shape == tuple(shapes[name]), (name, array.shape, shapes[name])
+        path = directory / file
+        path.touch()
+        mode = path.stat().st_mode
         # transformers refuses files whose metadata does not name a framework.
-        safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors makes files that only their owner can read
         del tensors
         weight_map |= dict.fromkeys(names, file)
-        paths.append(directory / file)
+        paths.append(path)
     if len(plan) > 1:
         total = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return paths
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(tensor, dtype)
+    if dtype == np.float16 and np.isinf(cast).any():
+        raise ValueError(
+            f"{name} holds {np.abs(tensor).max():g}, past the largest float16 of 65504, so it "
+            f"would become infinite; choose bfloat16 or float32"
+        )
+    return cast
 
 
 def _plan(

@@ -67,16 +67,14 @@ def draw(
     limit = sampling.max_new_tokens
     # Only what is traced into the program may be static, or each prompt would compile anew.
     traced = dataclasses.replace(sampling, prompt="", max_new_tokens=0, seed=0)
-    state = _prefill(
+    state, steps = _prefill(
         model, params, tokens, lengths, row_keys(seeds), traced, _bucket(lengths.max() + limit)
     )
-    yield np.asarray(state.tokens)
-    produced = 1
-    while produced < limit:
-        state, steps = _decode(model, params, state, traced)
-        for step in np.asarray(steps)[: limit - produced]:
-            yield step
-        produced += _STEPS
+    while limit > 0:
+        ready, limit = steps, limit - len(steps)
+        if limit > 0:  # the device goes on while the caller reads what is ready
+            state, steps = _decode(model, params, state, traced)
+        yield from np.asarray(ready)[: len(ready) + min(limit, 0)]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "capacity"))
@@ -88,8 +86,8 @@ def _prefill(
     keys: jax.Array,
     sampling: SamplingConfig,
     capacity: int,
-) -> _State:
-    """Reads right-padded prompts `(B, S)` into a cache of that capacity and draws one token each.
+) -> tuple[_State, jax.Array]:
+    """Reads right-padded prompts `(B, S)` into a cache of that capacity; draws one token per row.
 
     Padding writes keys too, but lengths are set to the true ones, and what lies past a row's length
     is never attended to and later overwritten.
@@ -104,7 +102,8 @@ def _prefill(
         seen = _mark(jnp.zeros((B, model.config.vocab_size), bool),
                      jnp.where(padding, model.config.vocab_size, tokens))  # fmt: skip
     state = _State(cache.replace(lengths=lengths), tokens[:, 0], keys, jnp.zeros(B, int), seen)
-    return _next(model, params, state, last, sampling)
+    state = _next(model, params, state, last, sampling)
+    return state, state.tokens[None]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("state",))
