@@ -36,12 +36,12 @@ def segment_ids(tokens: jax.Array, boundary: str, bos_id: int, eos_id: int) -> j
       ValueError: an unknown boundary rule.
     """
     if boundary in ("bos+eos", "bos"):
-        begins = tokens == bos_id
+        begins = tokens[:, 1:] == bos_id
     elif boundary == "eos":
-        begins = jnp.pad(tokens[:, :-1] == eos_id, ((0, 0), (1, 0)))
+        begins = tokens[:, :-1] == eos_id
     else:
         raise ValueError(f'data.boundary = "{boundary}" is not one of bos+eos, bos, eos')
-    begins = begins.at[:, 0].set(False)  # segment 0 begins every row, at a boundary or not
+    begins = jnp.pad(begins, ((0, 0), (1, 0)))  # segment 0 begins every row, at a boundary or not
     return jnp.cumsum(begins, axis=1, dtype=jnp.int32)
 
 
