@@ -79,8 +79,8 @@ def documents(kind: str, file: str) -> Iterator[EmbeddedDocument]:
                 yield EmbeddedDocument(topic.strip() + "\n", held_out(f"{file}#{name}"))
     elif kind == "code":
         yield EmbeddedDocument(text, held_out(file))
-    else:
-        yield EmbeddedDocument(_docstrings(text), held_out(file))
+    elif docstrings := _docstrings(text):
+        yield EmbeddedDocument(docstrings, held_out(file))
 
 
 def read_module(file: str) -> str:

@@ -1,0 +1,222 @@
+"""Readers of the file formats that raw text comes in.
+
+Each streams: what it holds is one document, or one batch of rows. `repaired` counts what could not
+be read as it was and is given with U+FFFD in its place; `advance` is told of the bytes read, as the
+file stores them.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Repaired = collections.Counter[str]
+Advance = Callable[[int], None]
+
+_CHUNK_BYTES = 1 << 20
+_ROWS_PER_BATCH = 256
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UTF8_MARK = b"\xef\xbb\xbf"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_INVALID_UTF8 = "documents with bytes that are not UTF-8"
+
+
+def read_text(path: str, repaired: Repaired, advance: Advance) -> str:
+    """The whole of a plain text file, its line ends as LF, without byte-order mark."""
+    content = b"".join(_chunks(path, advance))
+    if content.startswith(_UTF16_MARKS):
+        raise ValueError(
+            f"{path} is UTF-16 text, which would be read as noise; "
+            f"convert it with iconv -f UTF-16 -t UTF-8"
+        )
+    return _decode(content.removeprefix(_UTF8_MARK), repaired).replace("\r\n", "\n")
+
+
+def read_jsonl(
+    path: str, text_key: str, repaired: Repaired, advance: Advance
+) -> Iterator[tuple[int, str]]:
+    """Line number, from 0, and text of each line that is not blank."""
+    for number, line in enumerate(_lines(_chunks(path, advance))):
+        where = f"{path}:{number + 1}"
+        if number == 0:
+            line = line.removeprefix(_UTF8_MARK)
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(_decode(line, repaired))
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: this line is not JSON ({error}): {line[:60]!r}; a file that was cut "
+                f"short while copying ends like this; repair or remove the line, then start again"
+            ) from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: a {type(record).__name__}, not a JSON object")
+        if text_key not in record:
+            raise _no_such_key(where, text_key, list(record))
+        yield number, _as_text(record[text_key], where, text_key, repaired)
+
+
+def read_parquet(
+    path: str, text_key: str, repaired: Repaired, advance: Advance
+) -> Iterator[tuple[int, str]]:
+    """Row number and text of each row, one row group after the other."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if text_key not in file.schema_arrow.names:
+                raise _no_such_key(path, text_key, file.schema_arrow.names)
+            rows = file.metadata.num_rows
+            size = pathlib.Path(path).stat().st_size
+            number = 0
+            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=[text_key]):
+                # As bytes: pyarrow does not check that strings are UTF-8.
+                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    where = f"{path}, row {number}"
+                    yield number, _as_text(value, where, text_key, repaired)
+                    number += 1
+                advance(size * len(batch) // max(rows, 1))
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def tfds_size(name: str) -> tuple[str, int, int]:
+    """Full name, rows and bytes of the train split of a TFDS data set.
+
+    Args:
+      name: a registered name, or the directory of a prepared data set with its version.
+    """
+    source = _tfds_source(name)
+    info = source.dataset_info
+    return info.full_name, len(source), info.splits["train"].num_bytes
+
+
+def read_tfds(
+    name: str, rows: tuple[int, int], text_key: str, repaired: Repaired, advance: Advance
+) -> Iterator[tuple[int, str]]:
+    """Row number and text of the rows `[first, last)` of the train split."""
+    source = _tfds_source(name)
+    per_row = source.dataset_info.splits["train"].num_bytes // len(source)
+    for start in range(*rows, _ROWS_PER_BATCH):
+        numbers = range(start, min(start + _ROWS_PER_BATCH, rows[1]))
+        for number, record in zip(numbers, source.__getitems__(list(numbers)), strict=True):
+            where = f"tfds:{name}, row {number}"
+            if text_key not in record:
+                raise _no_such_key(where, text_key, list(record))
+            yield number, _as_text(record[text_key], where, text_key, repaired)
+        advance(per_row * len(numbers))
+
+
+def without_surrogates(text: str, repaired: Repaired) -> str:
+    """The text with U+FFFD for each lone surrogate, which JSON's escapes can make."""
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    repaired["documents with lone surrogates"] += 1
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def _tfds_source(name: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    if pathlib.Path(name).is_dir():
+        return tfds.builder_from_directory(name).as_data_source(split="train")
+    return tfds.data_source(name, split="train")
+
+
+def _as_text(value: Any, where: str, text_key: str, repaired: Repaired) -> str:
+    if isinstance(value, bytes):
+        return _decode(value, repaired)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(
+            f'{where}: "{text_key}" is a {type(value).__name__}, not a text; '
+            f"set text_key of the source to the key that holds the document"
+        )
+    return value
+
+
+def _decode(content: bytes, repaired: Repaired) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        repaired[_INVALID_UTF8] += 1
+        return content.decode(errors="replace")
+
+
+def _no_such_key(where: str, text_key: str, keys: list[str]) -> ValueError:
+    return ValueError(
+        f'{where} has no "{text_key}"; it has {", ".join(map(repr, keys)) or "no keys at all"}; '
+        f"set text_key of the source to the one that holds the document"
+    )
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines without their LF; a line as long as the file costs one copy of it."""
+    parts: list[bytes] = []
+    for chunk in chunks:
+        *ended, rest = chunk.split(b"\n")
+        for line in ended:
+            parts.append(line)
+            yield b"".join(parts)
+            parts.clear()
+        parts.append(rest)
+    if last := b"".join(parts):
+        yield last
+
+
+def _chunks(path: str, advance: Advance) -> Iterator[bytes]:
+    """The content of a file, decompressed according to its ending."""
+    with open(path, "rb") as file:
+        stored = iter(lambda: _read_chunk(file, advance), b"")
+        if path.endswith(".zst"):
+            yield from _decompressed(path, stored, _new_zstd)
+        elif path.endswith(".gz"):
+            yield from _decompressed(path, stored, _new_gzip)
+        else:
+            yield from stored
+
+
+def _read_chunk(file: Any, advance: Advance) -> bytes:
+    chunk = file.read(_CHUNK_BYTES)
+    advance(len(chunk))
+    return chunk
+
+
+def _new_zstd() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+def _new_gzip() -> Any:
+    return zlib.decompressobj(wbits=31)
+
+
+def _decompressed(
+    path: str, stored: Iterator[bytes], new_decompressor: Callable[[], Any]
+) -> Iterator[bytes]:
+    """Decompresses one frame after the other; a frame without its end is an error, not an end."""
+    import zstandard
+
+    decompressor = None
+    try:
+        for chunk in stored:
+            while chunk:
+                decompressor = decompressor or new_decompressor()
+                yield decompressor.decompress(chunk)
+                chunk = decompressor.unused_data
+                if decompressor.eof:
+                    decompressor = None
+    except (zstandard.ZstdError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or not what its ending says: {error}") from error
+    if decompressor is not None:
+        raise ValueError(
+            f"{path} ends in the middle of its compressed data: it was cut short; copy it again"
+        )

@@ -1,0 +1,229 @@
+"""Raw text to prepared pages: a process per core, resumable, the same bytes every time.
+
+    <data.prepared>/<source>-<hash>/source.json              what the hash stands for
+                                    train/, validation/      pages and manifest.json
+                                    units/                   records of the finished units
+
+The hash covers everything that changes the bytes: tokenizer, boundary rule, reading settings, and
+the inputs by name and size, small corpora by content too. So another tokenizer or another file
+gives another directory, and the same ones are reused at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+
+from tinyllama_jax.config import DataConfig, SourceConfig
+from tinyllama_jax.data.pages import (
+    DamagedDataError,
+    Manifest,
+    read_manifest,
+    write_durably,
+    write_manifest,
+)
+from tinyllama_jax.data.sources import Input, Tally, list_inputs
+from tinyllama_jax.data.units import (
+    SPLITS,
+    Unit,
+    group_inputs,
+    make_directories,
+    read_record,
+    remove_abandoned_work,
+    shard_is_there,
+)
+from tinyllama_jax.data.workers import run_units
+from tinyllama_jax.progress import Progress
+from tinyllama_jax.text.tokenizer import Tokenizer
+
+_VERSION = 1  # of the way from raw text to bytes
+_HASH_CONTENT_BYTES = 64 << 20  # corpora up to this size are known by their content
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One source, and the units that make it."""
+
+    source: SourceConfig
+    directory: pathlib.Path
+    identity: str  # JSON; the directory's name holds its hash
+    units: tuple[Unit, ...]
+
+
+def prepare_sources(data: DataConfig, *, workers: int = 0) -> dict[str, pathlib.Path]:
+    """Tokenizes all sources into `data.prepared`, as far as that is not done yet.
+
+    Prints its progress and, in the end, what was skipped or repaired.
+
+    Args:
+      data: sources, tokenizer, boundary rule and where to write.
+      workers: processes; 0: one per core that this process may use. The bytes do not depend on it.
+
+    Returns:
+      The directory of each source by its name; `train/` and `validation/` in it have a manifest.
+
+    Raises:
+      ValueError: a source is missing, empty or malformed, or the tokenizer cannot mark documents.
+      OSError: the disk is full or failed. What was finished stays, and the next call continues.
+      RuntimeError: a worker died.
+    """
+    tokenizer = Tokenizer(data.tokenizer)
+    _require_boundary_ids(data.boundary, tokenizer)
+    plans = [_plan(source, data, tokenizer) for source in data.sources]
+    unfinished = [plan for plan in plans if not is_prepared(plan.directory)]
+    for plan in unfinished:
+        make_directories(plan.directory)
+        write_durably(plan.directory / "source.json", plan.identity.encode())
+        remove_abandoned_work(plan.directory)
+    waiting = [unit for plan in unfinished for unit in plan.units if read_record(unit) is None]
+    if waiting:
+        _run(waiting, unfinished, tokenizer, workers or len(os.sched_getaffinity(0)))
+    for plan in unfinished:
+        _finish(plan, data, tokenizer)
+    return {plan.source.name: plan.directory for plan in plans}
+
+
+def prepared_directory(
+    source: SourceConfig, data: DataConfig, tokenizer: Tokenizer
+) -> pathlib.Path:
+    """Where a source is prepared to; the name holds a hash of all that changes the bytes."""
+    return _plan(source, data, tokenizer).directory
+
+
+def is_prepared(directory: pathlib.Path) -> bool:
+    """Whether both splits are there to the end, each shard in the size it was written in."""
+    for split in SPLITS:
+        try:
+            manifest = read_manifest(directory / split)
+        except (FileNotFoundError, DamagedDataError):
+            return False
+        if not all(shard_is_there(directory / split, shard) for shard in manifest.shards):
+            return False
+    return True
+
+
+def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where prepared data was written with another tokenizer."""
+    if manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"the {manifest.split} data of {manifest.source} was prepared with the tokenizer of "
+            f"sha256 {manifest.tokenizer_sha256[:12]}, and this one has {tokenizer.sha256[:12]}: "
+            f"its ids would mean other text; set data.tokenizer to the tokenizer it was prepared "
+            f"with, or run python -m tinyllama_jax.prepare again"
+        )
+
+
+def _require_boundary_ids(boundary: str, tokenizer: Tokenizer) -> None:
+    for name, token_id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        if name in boundary and token_id < 0:
+            raise ValueError(
+                f'data.boundary = "{boundary}", but the tokenizer has no {name.upper()} piece; '
+                f"set data.boundary to the one that it has, or use another tokenizer"
+            )
+
+
+def _plan(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> _Plan:
+    inputs = list_inputs(source)
+    identity = json.dumps(_identity(source, inputs, data.boundary, tokenizer), indent=1)
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    directory = pathlib.Path(data.prepared).expanduser() / f"{source.name}-{digest[:12]}"
+    units = tuple(
+        Unit(index, source, group, data.boundary, str(directory))
+        for index, group in enumerate(group_inputs(inputs))
+    )
+    return _Plan(source, directory, identity, units)
+
+
+def _identity(
+    source: SourceConfig, inputs: Sequence[Input], boundary: str, tokenizer: Tokenizer
+) -> dict:
+    """Everything that changes the bytes."""
+    names = hashlib.sha256()
+    by_content = sum(entry.bytes for entry in inputs) <= _HASH_CONTENT_BYTES
+    for entry in inputs:
+        names.update(f"{entry.name}\0{entry.bytes}\0".encode())
+        if by_content and entry.format != "tfds":
+            with open(entry.path, "rb") as file:
+                names.update(hashlib.file_digest(file, "sha256").digest())
+    return {
+        "version": _VERSION,
+        "tokenizer_sha256": tokenizer.sha256,
+        "boundary": boundary,
+        "format": inputs[0].format,
+        "part": source.path if source.format == "embedded" else "",
+        "text_key": source.text_key,
+        "validation_fraction": source.validation_fraction,
+        "inputs": len(inputs),
+        "inputs_sha256": names.hexdigest(),
+    }
+
+
+def _run(
+    waiting: Sequence[Unit], plans: Sequence[_Plan], tokenizer: Tokenizer, workers: int
+) -> None:
+    total = sum(unit.bytes for plan in plans for unit in plan.units)
+    done = total - sum(unit.bytes for unit in waiting)
+    names = ", ".join(plan.source.name for plan in plans)
+    print(f"preparing {names}: {total / 1e6:.1f} MB of raw text, {workers} processes", flush=True)
+    tokens = 0
+    started = time.monotonic()
+    with Progress(total, "B", initial=done, scale=True) as progress:
+
+        def advance(count_bytes: int, count_tokens: int) -> None:
+            nonlocal tokens
+            tokens += count_tokens
+            rate = tokens / (time.monotonic() - started)
+            progress.advance(count_bytes, f"{tokens / 1e6:.1f} Mtokens, {rate / 1e6:.2f} Mtokens/s")
+
+        run_units(waiting, tokenizer, workers, advance)
+    seconds = time.monotonic() - started
+    print(f"{tokens / 1e6:.2f} Mtokens in {seconds:.1f} s, {tokens / 1e6 / seconds:.2f} Mtokens/s")
+
+
+def _finish(plan: _Plan, data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Writes the manifests from the records of the units, and says what was met."""
+    records = [read_record(unit) for unit in plan.units]
+    tally = Tally()
+    for record in records:
+        tally.add(record.tally)
+    _report(plan.source, tally)
+    manifests = {
+        split: Manifest(
+            source=plan.source.name,
+            split=split,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            boundary=data.boundary,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            shards=tuple(r.shards[split] for r in records if split in r.shards),
+        )
+        for split in SPLITS
+    }
+    name = f"data.sources.{plan.source.name}"
+    if not manifests["train"].tokens:
+        raise ValueError(
+            f'{name}.path = "{plan.source.path}" has no document to train on '
+            f"({sum(tally.skipped.values())} skipped, {manifests['validation'].documents} held "
+            f"out for validation); give it text, or lower {name}.validation_fraction"
+        )
+    if not manifests["validation"].tokens and plan.source.validation_fraction:
+        print(
+            f"{name}: none of its {tally.documents} documents fell into validation, so it will "
+            f"have no validation loss; raise {name}.validation_fraction "
+            f"(now {plan.source.validation_fraction}) or give it more documents"
+        )
+    for split, manifest in manifests.items():
+        write_manifest(plan.directory / split, manifest)
+
+
+def _report(source: SourceConfig, tally: Tally) -> None:
+    print(f"{source.name}: {tally.documents} documents")
+    for what, counts in (("skipped", tally.skipped), ("repaired", tally.repaired)):
+        for kind, count in sorted(counts.items()):
+            print(f"{source.name}: {what} {count} {kind}")

@@ -1,0 +1,263 @@
+"""Raw text: which files a source consists of, and the documents in them.
+
+What happens to bad input, and nothing else is ever left out:
+
+    stops, with file and line    malformed JSON, a missing text key or column, a value that is no
+                                 text, a truncated or foreign file, UTF-16, a Git-LFS pointer, a
+                                 directory without data
+    skipped and counted          a document that is empty or all white space
+    repaired and counted         bytes that are no UTF-8, and lone surrogates: each becomes U+FFFD,
+                                 since one bad byte is no reason to lose a long document
+
+In plain text files CRLF becomes LF and a byte-order mark is dropped: they belong to the file.
+Inside JSON and parquet values they belong to the document, and stay.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import glob
+import hashlib
+import pathlib
+from collections.abc import Iterator
+
+from tinyllama_jax.config import SourceConfig
+from tinyllama_jax.data import embedded, formats
+
+_ENDINGS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text", ".text": "text", ".md": "text",
+}  # fmt: skip
+_COMPRESSED = (".zst", ".gz")
+_TFDS = "tfds:"
+_TFDS_ROWS = 1 << 16  # rows of a TFDS data set that count as one input
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+# A plain text file is one document, so a source of few files might have none to hold out. From
+# this size on, the last part of each file is held out instead.
+_TAIL_HOLDOUT_CHARS = 1 << 18
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What is read in one go: a file, a module of the library, some rows of a TFDS data set."""
+
+    name: str  # as the manifest gives it: relative to the source, the same wherever that stands
+    path: str
+    format: str  # text, jsonl, parquet, tfds, embedded
+    bytes: int
+    rows: tuple[int, int] = (0, 0)  # first and past the last, for tfds
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    text: str
+    record: int  # number within its input, counted from 0: line, row, topic
+    validation: bool
+
+
+@dataclasses.dataclass
+class Tally:
+    """What reading has met so far."""
+
+    documents: int = 0
+    bytes_read: int = 0  # of the inputs as they are stored
+    skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    repaired: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, other: Tally) -> None:
+        self.documents += other.documents
+        self.bytes_read += other.bytes_read
+        self.skipped.update(other.skipped)
+        self.repaired.update(other.repaired)
+
+
+def list_inputs(source: SourceConfig) -> tuple[Input, ...]:
+    """The inputs of a source, sorted by name.
+
+    With format "auto", a directory gives the files whose ending is known; with a named format all.
+    Hidden files are left out.
+
+    Raises:
+      ValueError: there are none, they are of several formats, or one is a Git-LFS pointer.
+    """
+    if source.format == "embedded":
+        return _embedded_inputs(source)
+    if source.format == "tfds" or source.path.startswith(_TFDS):
+        return _tfds_inputs(source)
+    root, files = _find_files(source)
+    if source.format == "auto":
+        inputs = _of_known_format(source, root, files)
+    else:
+        inputs = [_file_input(root, file, source.format) for file in files]
+    for entry in inputs:
+        _refuse_lfs_pointer(entry)
+    return tuple(inputs)
+
+
+def read_documents(source: SourceConfig, entry: Input, tally: Tally) -> Iterator[Document]:
+    """Yields the documents of an input and counts in `tally` what was read, skipped and repaired.
+
+    Memory is a few times the largest document.
+
+    Raises:
+      ValueError: the input is malformed; the message names file and line.
+    """
+    for record, text, validation in _read(source, entry, tally):
+        text = formats.without_surrogates(text, tally.repaired)
+        if not text or text.isspace():
+            tally.skipped["empty documents"] += 1
+            continue
+        tally.documents += 1
+        if validation is None:
+            validation = _held_out(text, source.validation_fraction)
+        yield Document(text, record, validation)
+
+
+def _read(
+    source: SourceConfig, entry: Input, tally: Tally
+) -> Iterator[tuple[int, str, bool | None]]:
+    """Record, text, and whether it is for validation where the source decides that."""
+
+    def advance(count: int) -> None:
+        tally.bytes_read += count
+
+    if entry.format == "embedded":
+        for record, document in enumerate(embedded.documents(source.path, entry.name)):
+            yield record, document.text, document.validation
+        advance(entry.bytes)
+    elif entry.format == "text":
+        text = formats.read_text(entry.path, tally.repaired, advance)
+        tail = _tail_start(text, source.validation_fraction)
+        if tail:
+            yield 0, text[:tail], False
+            yield 0, text[tail:], True
+        else:
+            yield 0, text, None
+    else:
+        if entry.format == "jsonl":
+            records = formats.read_jsonl(entry.path, source.text_key, tally.repaired, advance)
+        elif entry.format == "parquet":
+            records = formats.read_parquet(entry.path, source.text_key, tally.repaired, advance)
+        else:
+            records = formats.read_tfds(
+                entry.path, entry.rows, source.text_key, tally.repaired, advance
+            )
+        for record, text in records:
+            yield record, text, None
+
+
+def _held_out(text: str, fraction: float) -> bool:
+    """By a hash of the text, so that copies of a document fall on one side."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < fraction * 2**64
+
+
+def _tail_start(text: str, fraction: float) -> int:
+    """Where the held-out end of a long text begins, at the start of a line; 0: nowhere."""
+    if len(text) < _TAIL_HOLDOUT_CHARS or not fraction:
+        return 0
+    newline = text.find("\n", int(len(text) * (1 - fraction)))
+    return newline + 1 if 0 <= newline < len(text) - 1 else 0
+
+
+def _find_files(source: SourceConfig) -> tuple[pathlib.Path, list[pathlib.Path]]:
+    """The directory that names are relative to, and the sorted files of `source.path`."""
+    path = pathlib.Path(source.path).expanduser()
+    where = f'data.sources.{source.name}.path = "{source.path}"'
+    if path.is_file():
+        return path.parent, [path]
+    if path.is_dir():
+        root, found = path, path.rglob("*")
+    elif glob.has_magic(source.path):
+        fixed = [part for part in path.parts if not glob.has_magic(part)]
+        root = pathlib.Path(*path.parts[: len(fixed)]) if path.parts else path
+        while not root.is_dir():
+            root = root.parent
+        found = map(pathlib.Path, glob.glob(str(path), recursive=True))
+    else:
+        raise ValueError(f"{where} does not exist; set it to a file, a directory or a glob")
+    files = [f for f in found if f.is_file() and not _hidden(f.relative_to(root))]
+    if not files:
+        kind = "holds no files" if path.is_dir() else "matches no files"
+        raise ValueError(f"{where} {kind}: there is nothing to read")
+    return root, sorted(files, key=lambda f: f.relative_to(root).as_posix())
+
+
+def _hidden(path: pathlib.Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _of_known_format(
+    source: SourceConfig, root: pathlib.Path, files: list[pathlib.Path]
+) -> list[Input]:
+    inputs = [_file_input(root, f, _format_of(f)) for f in files if _format_of(f)]
+    where = f'data.sources.{source.name}.path = "{source.path}"'
+    if not inputs:
+        endings = ", ".join(sorted({f.suffix or f.name for f in files})[:8])
+        raise ValueError(
+            f"{where}: no file has an ending that tells its format (found: {endings}; known: "
+            f"{', '.join(_ENDINGS)}, each also with .zst or .gz but parquet); "
+            f"set data.sources.{source.name}.format"
+        )
+    counts = collections.Counter(entry.format for entry in inputs)
+    if len(counts) > 1:
+        raise ValueError(
+            f"{where} holds files of several formats ({dict(counts)}), one of which may be no data "
+            f"at all, like a README; set data.sources.{source.name}.format or a glob that "
+            f"matches one kind"
+        )
+    return inputs
+
+
+def _format_of(path: pathlib.Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        inner = _ENDINGS.get(suffixes[-2], "") if len(suffixes) > 1 else ""
+        return inner if inner != "parquet" else ""
+    return _ENDINGS.get(suffixes[-1], "") if suffixes else ""
+
+
+def _file_input(root: pathlib.Path, file: pathlib.Path, file_format: str) -> Input:
+    name = file.relative_to(root).as_posix()
+    return Input(name, str(file), file_format, file.stat().st_size)
+
+
+def _refuse_lfs_pointer(entry: Input) -> None:
+    if entry.bytes > 1024:
+        return
+    with open(entry.path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(
+                f"{entry.path} is a Git-LFS pointer of {entry.bytes} bytes, not the data itself; "
+                f"run `git lfs pull` in the repository that it came from"
+            )
+
+
+def _embedded_inputs(source: SourceConfig) -> tuple[Input, ...]:
+    if source.path not in embedded.KINDS:
+        raise ValueError(
+            f'data.sources.{source.name}.path = "{source.path}" is no part of the embedded corpus; '
+            f"set it to {' or '.join(embedded.KINDS)}"
+        )
+    root = embedded.library_root()
+    return tuple(
+        Input(name, str(root / name), "embedded", (root / name).stat().st_size)
+        for name in embedded.library_files()
+    )
+
+
+def _tfds_inputs(source: SourceConfig) -> tuple[Input, ...]:
+    path = source.path.removeprefix(_TFDS)
+    full_name, rows, size = formats.tfds_size(path)
+    if not rows:
+        raise ValueError(f"{source.path}: its train split is empty, there is nothing to read")
+    return tuple(
+        Input(
+            f"{_TFDS}{full_name}[{first}:{min(first + _TFDS_ROWS, rows)}]", path, "tfds",
+            size * min(_TFDS_ROWS, rows - first) // rows, (first, min(first + _TFDS_ROWS, rows)),
+        )
+        for first in range(0, rows, _TFDS_ROWS)
+    )  # fmt: skip

@@ -1,0 +1,217 @@
+"""The unit of preparation: some consecutive inputs in, one shard per split out.
+
+A unit is finished when its record stands in the prepared directory. Until then all it writes is in
+a directory of its own, so that a killed process leaves nothing that looks finished and the next one
+starts the unit over, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from tinyllama_jax.config import SourceConfig
+from tinyllama_jax.data.pages import ShardEntry, ShardWriter, documents_path, write_durably
+from tinyllama_jax.data.sources import Document, Input, Tally, read_documents
+from tinyllama_jax.text.tokenizer import Tokenizer
+
+SPLITS = ("train", "validation")
+
+_RECORDS = "units"
+_WORK_SUFFIX = ".work"
+_BATCH_DOCUMENTS = 512
+_BATCH_CHARS = 1 << 20
+
+# Told of bytes read and tokens written since the last call.
+Advance = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A piece of work for one process."""
+
+    index: int
+    source: SourceConfig
+    inputs: tuple[Input, ...]
+    boundary: str  # bos+eos, bos, eos
+    directory: str  # the prepared directory of the source
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitRecord:
+    """What a finished unit left behind."""
+
+    shards: dict[str, ShardEntry]  # by split; a split without documents has none
+    tally: Tally
+
+    def to_json(self) -> bytes:
+        shards = {split: dataclasses.asdict(entry) for split, entry in self.shards.items()}
+        return json.dumps({"shards": shards, "tally": vars(self.tally)}, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> UnitRecord:
+        tree = json.loads(content)
+        shards = {
+            split: ShardEntry(**{**entry, "inputs": tuple(entry["inputs"])})
+            for split, entry in tree["shards"].items()
+        }
+        tally = tree["tally"]
+        for kind in ("skipped", "repaired"):
+            tally[kind] = collections.Counter(tally[kind])
+        return cls(shards, Tally(**tally))
+
+
+def group_inputs(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
+    """Cuts the inputs of a source into the groups that are units.
+
+    The groups depend on the inputs alone, not on the number of processes: the shards must not. They
+    aim at 64 units, each between 4 MiB and 256 MiB of input.
+    """
+    total = sum(entry.bytes for entry in inputs)
+    target = min(max(total // 64, 4 << 20), 256 << 20)
+    group: list[Input] = []
+    for entry in inputs:
+        group.append(entry)
+        if sum(e.bytes for e in group) >= target:
+            yield tuple(group)
+            group = []
+    if group:
+        yield tuple(group)
+
+
+def read_record(unit: Unit) -> UnitRecord | None:
+    """The record of a finished unit whose shards are still there; None: it is to be done."""
+    try:
+        record = UnitRecord.from_json(_record_path(unit).read_bytes())
+    except FileNotFoundError:
+        return None
+    for split, entry in record.shards.items():
+        if not shard_is_there(pathlib.Path(unit.directory, split), entry):
+            return None
+    return record
+
+
+def write_unit(unit: Unit, tokenizer: Tokenizer, advance: Advance) -> None:
+    """Tokenizes the inputs of a unit into its shards, and leaves its record.
+
+    Raises:
+      ValueError: an input is malformed.
+      OSError: the disk does not take the data; nothing of the unit is left.
+    """
+    tally = Tally()
+    with _work_directory(unit) as work:
+        writers: dict[str, ShardWriter] = {}
+        try:
+            _write_documents(unit, tokenizer, writers, work, tally, advance)
+            shards = {split: writers[split].close() for split in sorted(writers)}
+        except BaseException:
+            for writer in writers.values():
+                writer.discard()
+            raise
+        for split, entry in shards.items():
+            final = pathlib.Path(unit.directory, split, entry.file)
+            os.replace(documents_path(work / split / entry.file), documents_path(final))
+            os.replace(work / split / entry.file, final)
+    write_durably(_record_path(unit), UnitRecord(shards, tally).to_json())
+
+
+def shard_is_there(directory: pathlib.Path, entry: ShardEntry) -> bool:
+    """Whether both files of a shard stand in `directory`, the pages in the size they had."""
+    shard = directory / entry.file
+    try:
+        return documents_path(shard).exists() and shard.stat().st_size == entry.bytes
+    except FileNotFoundError:
+        return False
+
+
+def remove_abandoned_work(directory: pathlib.Path) -> None:
+    """Removes what processes of this host that are gone left unfinished."""
+    for work in (directory / _RECORDS).glob(f"*.{socket.gethostname()}.*{_WORK_SUFFIX}"):
+        if not _is_alive(int(work.name.removesuffix(_WORK_SUFFIX).rpartition(".")[2])):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def make_directories(directory: pathlib.Path) -> None:
+    for name in (*SPLITS, _RECORDS):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+
+
+def _write_documents(
+    unit: Unit,
+    tokenizer: Tokenizer,
+    writers: dict[str, ShardWriter],
+    work: pathlib.Path,
+    tally: Tally,
+    advance: Advance,
+) -> None:
+    before = np.array([tokenizer.bos_id] if "bos" in unit.boundary else [], np.int32)
+    after = np.array([tokenizer.eos_id] if "eos" in unit.boundary else [], np.int32)
+    bytes_told = 0
+    for batch in _batches(unit, tally):
+        tokens = 0
+        encoded = tokenizer.encode_batch([document.text for _, document in batch])
+        for (input_name, document), ids in zip(batch, encoded, strict=True):
+            split = "validation" if document.validation else "train"
+            if split not in writers:
+                (work / split).mkdir()
+                shard = work / split / f"{unit.index:05d}.array_record"
+                writers[split] = ShardWriter(shard, tokenizer.vocab_size)
+            stream = np.concatenate([before, ids, after])
+            writers[split].add(stream, document.record, input_name)
+            tokens += stream.size
+        advance(tally.bytes_read - bytes_told, tokens)
+        bytes_told = tally.bytes_read
+    advance(tally.bytes_read - bytes_told, 0)
+
+
+def _batches(unit: Unit, tally: Tally) -> Iterator[list[tuple[str, Document]]]:
+    """Documents with the names of their inputs, as many as are encoded in one call."""
+    batch: list[tuple[str, Document]] = []
+    chars = 0
+    for entry in unit.inputs:
+        for document in read_documents(unit.source, entry, tally):
+            batch.append((entry.name, document))
+            chars += len(document.text)
+            if len(batch) == _BATCH_DOCUMENTS or chars >= _BATCH_CHARS:
+                yield batch
+                batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _work_directory(unit: Unit) -> Iterator[pathlib.Path]:
+    name = f"{unit.index:05d}.{socket.gethostname()}.{os.getpid()}{_WORK_SUFFIX}"
+    path = pathlib.Path(unit.directory, _RECORDS, name)
+    try:
+        path.mkdir()
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _record_path(unit: Unit) -> pathlib.Path:
+    return pathlib.Path(unit.directory, _RECORDS, f"{unit.index:05d}.json")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,47 @@
+"""Tokenizes the text of a config: python -m tinyllama_jax.prepare --config=configs/quickstart.py
+
+Training does this by itself where it was not done; for a large corpus it is a job of its own, on a
+machine with many cores and no accelerator. A run that was killed continues when it is started again.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from tinyllama_jax.config import freeze, validate
+from tinyllama_jax.data.pages import read_manifest
+from tinyllama_jax.data.prepare import prepare_sources
+from tinyllama_jax.text.tokenizer import Tokenizer
+
+_CONFIG = config_flags.DEFINE_config_file("config")
+_WORKERS = flags.DEFINE_integer("workers", 0, "processes; 0: one per core")
+
+
+def main(_: list[str]) -> None:
+    config = freeze(_CONFIG.value)
+    validate(config, tokenizer_vocab_size=Tokenizer(config.data.tokenizer).vocab_size)
+    _print_table(prepare_sources(config.data, workers=_WORKERS.value))
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    print(f"\nnext: python -m tinyllama_jax.train --config={config_file}")
+
+
+def _print_table(directories: dict[str, pathlib.Path]) -> None:
+    print(f"\n{'source':<16}{'split':<12}{'documents':>12}{'tokens':>18}  directory")
+    for name, directory in directories.items():
+        for split in ("train", "validation"):
+            manifest = read_manifest(directory / split)
+            print(
+                f"{name:<16}{split:<12}{manifest.documents:>12,}{manifest.tokens:>18,}  "
+                f"{directory / split}"
+            )
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    try:
+        app.run(main)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
