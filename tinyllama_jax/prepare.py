@@ -1,7 +1,7 @@
 """Tokenizes the text of a config: python -m tinyllama_jax.prepare --config=configs/quickstart.py
 
 Training does this by itself where it was not done; for a large corpus it is a job of its own, on a
-machine with many cores and no accelerator. A run that was killed continues when it is started again.
+machine with many cores and no accelerator. Started again after it was killed, it continues.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import pathlib
 from absl import app, flags
 from ml_collections import config_flags
 
+from tinyllama_jax import door
 from tinyllama_jax.config import freeze, validate
 from tinyllama_jax.data.pages import read_manifest
 from tinyllama_jax.data.prepare import prepare_sources
 from tinyllama_jax.text.tokenizer import Tokenizer
 
-_CONFIG = config_flags.DEFINE_config_file("config")
-_WORKERS = flags.DEFINE_integer("workers", 0, "processes; 0: one per core")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+_WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0: one per core.")
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise ValueError(f"{argv[1:]} are not flags; settings are given as --config.SETTING=VALUE")
     config = freeze(_CONFIG.value)
     validate(config, tokenizer_vocab_size=Tokenizer(config.data.tokenizer).vocab_size)
     _print_table(prepare_sources(config.data, workers=_WORKERS.value))
@@ -41,7 +44,4 @@ def _print_table(directories: dict[str, pathlib.Path]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    try:
-        app.run(main)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    app.run(lambda argv: door.run(main, argv))

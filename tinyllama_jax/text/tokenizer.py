@@ -58,7 +58,9 @@ class Tokenizer:
 
         try:
             # An empty file parses, as a model without pieces.
-            processor = sentencepiece.SentencePieceProcessor(model_proto=model_proto or b"\0")
+            processor = sentencepiece.SentencePieceProcessor(
+                model_proto=model_proto or b"\0", num_threads=1
+            )
         except RuntimeError as error:
             raise ValueError(
                 f"{name} is not a SentencePiece model ({len(model_proto)} bytes that begin with "
