@@ -187,7 +187,8 @@ def test_the_fingerprint_covers_order_and_content(prepared, tmp_path, write_spli
     known = dataset.fingerprint(10)
     assert make(prepared).fingerprint(10) == known
     assert len(known) == 64
-    changed = write_split(tmp_path / "code" / "train", [make_documents(9, 13_100)], source="code")
+    contents = [make_documents(8, 9_000), make_documents(9, 4_100)]  # other ids, as many
+    changed = write_split(tmp_path / "code" / "train", contents, source="code")
     others = [
         dataset.fingerprint(11),
         dataset.fingerprint(10, steps=63),

@@ -29,9 +29,14 @@ def mixture(weights):
 
 
 @pytest.fixture(scope="module")
-def sources(mixture):
-    """The source of each row of the first period, asked for row by row."""
-    return np.array([mixture[row][0] for row in range(PERIOD)])
+def period(mixture):
+    """Source and index of each row of the first period, asked for row by row."""
+    return np.array([mixture[row] for row in range(PERIOD)]).T
+
+
+@pytest.fixture(scope="module")
+def sources(period):
+    return period[0]
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12))
@@ -103,6 +108,15 @@ def test_every_stretch_holds_the_mixture_to_within_its_bound(mixture, weights, s
         assert np.abs(surplus).max() <= 0.5 + p * len(weights) / 2 + 1e-6
         # Any stretch of rows, such as a batch, is the difference of two such prefixes.
         assert surplus.max() - surplus.min() <= 1 + p * len(weights) + 1e-6
+
+
+def test_the_rows_of_a_period_are_in_the_exact_order_of_their_places(mixture, period):
+    sources, index = period
+    count = np.array(mixture.millionths)[sources]
+    place = 2 * index + 1  # over `count`; compared as fractions, crosswise
+    before, after = place[:-1] * count[1:], place[1:] * count[:-1]
+    assert (before <= after).all()
+    assert (sources[:-1] < sources[1:])[before == after].all()  # equal places by source
 
 
 def test_the_pattern_of_seven_to_three():

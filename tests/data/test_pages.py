@@ -156,8 +156,10 @@ def test_the_documents_of_a_range_are_named(directory, flat, shards, data):
             name = f"text-{number}-{record % 2}.txt"
             expected.append((name, record // 2, start, ids.size))
             start += ids.size
-    first = data.draw(st.integers(0, flat.size))
-    stop = data.draw(st.integers(first, min(flat.size, first + 5000)))
+    edges = st.sampled_from([document[2] for document in expected])
+    first = data.draw(st.one_of(edges, st.integers(0, flat.size)))
+    stop = data.draw(st.one_of(edges, st.integers(first, min(flat.size, first + 5000))))
+    first, stop = min(first, stop), max(first, stop)
     found = _shared_stream(directory).documents(first, stop)
     assert [dataclasses.astuple(document)[1:] for document in found] == [
         document
@@ -332,7 +334,7 @@ def test_a_damaged_document_index_is_refused_and_only_it(copy, flat, damage):
 def test_a_flipped_bit_in_the_manifest_is_refused(copy):
     path = copy / "manifest.json"
     content = path.read_bytes()
-    for place in range(len(content)):
+    for place in range(0, len(content), 7):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
