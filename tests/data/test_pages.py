@@ -1,5 +1,6 @@
 """Prepared storage gives back what was written, or refuses and says where."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -201,6 +202,18 @@ def test_few_descriptors_are_enough_for_many_shards(tmp_path, write_split):
         print(most)
     """
     assert int(_python(script, directory)) <= 48 // 4 + 8  # a quarter, and what Python itself holds
+
+
+def test_threads_may_share_open_shards(directory, flat, monkeypatch):
+    monkeypatch.setattr("tinyllama_jax.data.stream._CACHED_PAGES", 2)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (8, 8))  # two shards open at once
+    stream = Stream(directory, ShardReaders())
+    starts = np.random.default_rng(0).integers(0, flat.size - 3000, 400)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        for start, ids in zip(
+            starts, threads.map(lambda start: stream.read(int(start), 3000), starts), strict=True
+        ):
+            np.testing.assert_array_equal(ids, flat[start : start + 3000])
 
 
 def test_a_damaged_shard_does_not_stand_in_the_way_of_others(copy, flat):

@@ -137,15 +137,13 @@ class TrainingDataset:
         return digest.hexdigest()
 
     @contextlib.contextmanager
-    def prefetch(
-        self, start_step: int, stop_step: int, depth: int = 2
-    ) -> Iterator[Iterator[Batch]]:
-        """A context whose iterator gives the batches of steps `[start_step, stop_step)` in order.
+    def prefetch(self, start: int, stop: int, depth: int = 2) -> Iterator[Iterator[Batch]]:
+        """A context whose iterator gives the batches of steps `[start, stop)` in order.
 
         A thread reads up to `depth` steps ahead, from the moment the context is entered until it is
         left. An error of the thread is raised at the step that it belongs to.
         """
-        steps = iter(range(start_step, stop_step))
+        steps = iter(range(start, stop))
         ahead: collections.deque[Future[Batch]] = collections.deque()
         reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 

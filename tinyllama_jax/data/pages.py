@@ -1,6 +1,6 @@
 """Prepared storage: one source's token stream, as pages of consecutive ids.
 
-A prepared directory holds one split of one source:
+A prepared directory holds one split of one source, `<source>/train` or `<source>/validation`:
 
     manifest.json       what the stream is and which shards it consists of, in order
     <shard>             ArrayRecord; record i holds ids [i * 8192, (i + 1) * 8192) of the shard
