@@ -1,0 +1,75 @@
+"""Pretrains a model: prepares the text where that is quick, trains, and shows what came out.
+
+python -m tinyllama_jax.train --config=configs/quickstart.py [--workdir=RUN] [--resume=auto]
+    [--config.SECTION.SETTING=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from tinyllama_jax import door
+from tinyllama_jax.config import freeze, validate
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "The run directory; default: runs/<config name>.")
+_RESUME = flags.DEFINE_string(
+    "resume", "auto", "auto: from the newest good step, if any; never; or the number of a step."
+)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise ValueError(f"{argv[1:]} are not flags; settings are given as --config.SETTING=VALUE")
+    from tinyllama_jax.data.dataset import open_datasets
+    from tinyllama_jax.data.prepare import prepare_sources
+    from tinyllama_jax.runs import curves, directory
+    from tinyllama_jax.runs.lock import RunLock
+    from tinyllama_jax.text.tokenizer import Tokenizer
+    from tinyllama_jax.training.loop import train
+    from tinyllama_jax.training.losses import NextToken
+
+    config = freeze(_CONFIG.value)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    validate(config, tokenizer_vocab_size=tokenizer.vocab_size)
+    config_file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    run_dir = pathlib.Path(_WORKDIR.value or f"runs/{config_file.stem}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with RunLock(run_dir):
+        directory.check_same_run(run_dir, config)
+        directory.record_environment(run_dir)
+        (run_dir / "tokenizer.model").write_bytes(tokenizer.model_proto)
+
+        prepared = prepare_sources(config.data)
+        datasets = open_datasets(config, prepared, tokenizer.sha256)
+        print(datasets.training.describe(), flush=True)
+        loss_fn = NextToken(config, tokenizer.bos_id, tokenizer.eos_id)
+        train(
+            config, run_dir, datasets.training, datasets.validation, loss_fn, resume=_RESUME.value
+        )
+        curves.write_loss_picture(run_dir)
+    print(f"\nthe loss curve: {run_dir / 'loss.png'}")
+    _show_sample(run_dir)
+    print(f'next: python -m tinyllama_jax.generate {run_dir} --prompt "class "')
+
+
+def _show_sample(run_dir: pathlib.Path) -> None:
+    """Draws from what was saved, as `generate` will."""
+    from tinyllama_jax.conversion.load import load
+    from tinyllama_jax.inference.engine import Engine
+
+    loaded = load(run_dir)
+    engine = Engine(loaded.model, loaded.params, loaded.tokenizer, loaded.start_id, loaded.end_ids)
+    settings = loaded.config.sampling
+    print(f"a sample (temperature {settings.temperature:g}):\n\n{settings.prompt}", end="")
+    for update in engine.stream([settings.prompt], settings):
+        print(update.text, end="", flush=True)
+    print("\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(lambda argv: door.run(main, argv))

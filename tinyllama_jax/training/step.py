@@ -1,0 +1,126 @@
+"""One optimizer step, as a pure jitted function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from tinyllama_jax.config import Config
+from tinyllama_jax.data.batch import Batch
+from tinyllama_jax.model.llama import Llama, Params
+from tinyllama_jax.training.losses import LossFunction, LossSums
+from tinyllama_jax.training.optimizer import make_schedule
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that the next step depends on, besides the config and the data.
+
+    Attributes:
+      step: int32 scalar, optimizer steps done.
+      params: the trained tree, float32.
+      opt_state: optax's, float32 moments.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+def init_state(
+    model: Llama, optimizer: optax.GradientTransformation, seed: int, params: Params | None = None
+) -> TrainState:
+    """The state before the first step, from fresh params (of `seed`) or from given ones."""
+
+    @jax.jit
+    def init(params: Params | None) -> TrainState:
+        params = model.init(jax.random.key(seed)) if params is None else params
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    return init(params)
+
+
+def make_train_step(
+    model: Llama,
+    loss_fn: LossFunction,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Builds `step(state, batch, frozen=None) -> (state, metrics)`, jitted, with state donated.
+
+    The batch is cut into micro-batches of `training.micro_batch_size` rows, whose gradients are
+    summed in float32. The loss is `sum(w * l) / sum(w)` over the whole batch: the denominator is
+    summed before dividing, so micro-batches with few weighted tokens do not count for more.
+
+    Metrics are float32 scalars: `loss` (nats per weighted token, before this step's update),
+    `grad_norm` (before clipping) and `learning_rate`.
+    """
+    schedule = make_schedule(config.optimizer, config.total_steps)
+    rows = config.training.micro_batch_size
+
+    def step(
+        state: TrainState, batch: Batch, frozen: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
+        grads, sums = _summed_gradients(model, loss_fn, state.params, batch, frozen, rows)
+        grads = jax.tree.map(lambda g: g / sums.weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        learning_rate = schedule(state.step)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        metrics = {
+            "loss": sums.reported / sums.weight,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": learning_rate,
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(
+    model: Llama, loss_fn: LossFunction
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Builds `evaluate(params, batch, frozen=None) -> (loss sum, weight sum)`, jitted."""
+
+    def evaluate(params: Params, batch: Batch, frozen: Params | None = None):
+        sums = loss_fn(model, params, batch, frozen)
+        return sums.reported, sums.weight
+
+    return jax.jit(evaluate)
+
+
+def _summed_gradients(
+    model: Llama,
+    loss_fn: LossFunction,
+    params: Params,
+    batch: Batch,
+    frozen: Params | None,
+    rows: int,
+) -> tuple[Params, LossSums]:
+    """Gradient of the summed objective and the sums, over micro-batches of `rows` rows."""
+
+    def objective(params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
+        sums = loss_fn(model, params, batch, frozen)
+        return sums.objective, sums
+
+    gradient = jax.grad(objective, has_aux=True)
+    count = batch.tokens.shape[0] // rows
+    assert count * rows == batch.tokens.shape[0], (batch.tokens.shape, rows)
+    if count == 1:
+        return gradient(params, batch)
+
+    def add(total, micro_batch):
+        return jax.tree.map(jnp.add, total, gradient(params, micro_batch)), None
+
+    micro_batches = jax.tree.map(lambda x: x.reshape(count, rows, *x.shape[1:]), batch)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32),
+        jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro_batches)),
+    )
+    return jax.lax.scan(add, zero, micro_batches)[0]
