@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -254,7 +254,9 @@ def open_datasets(
       ValueError: the data does not fit the config, all reasons at once.
     """
     readers = ShardReaders()
-    training, validation, problems = {}, {}, []
+    training: dict[str, Stream] = {}
+    validation: dict[str, ValidationDataset] = {}
+    problems: list[str] = []
     for source in config.data.sources:
         directory = pathlib.Path(prepared[source.name])
         stream = training[source.name] = Stream(directory / "train", readers)
@@ -287,7 +289,7 @@ def open_datasets(
     )
 
 
-def _problems(stream: Stream, config: Config, tokenizer_sha256: str) -> Sequence[str]:
+def _problems(stream: Stream, config: Config, tokenizer_sha256: str) -> list[str]:
     """What speaks against reading a stream in this run."""
     manifest, problems = stream.manifest, []
     if manifest.tokenizer_sha256 != tokenizer_sha256:
