@@ -107,17 +107,6 @@ def is_prepared(directory: pathlib.Path) -> bool:
     return True
 
 
-def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where prepared data was written with another tokenizer."""
-    if manifest.tokenizer_sha256 != tokenizer.sha256:
-        raise ValueError(
-            f"the {manifest.split} data of {manifest.source} was prepared with the tokenizer of "
-            f"sha256 {manifest.tokenizer_sha256[:12]}, and this one has {tokenizer.sha256[:12]}: "
-            f"its ids would mean other text; set data.tokenizer to the tokenizer it was prepared "
-            f"with, or run python -m tinyllama_jax.prepare again"
-        )
-
-
 def _require_boundary_ids(boundary: str, tokenizer: Tokenizer) -> None:
     for name, token_id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if name in boundary and token_id < 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -78,16 +79,18 @@ def group_inputs(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
     """Cuts the inputs of a source into the groups that are units.
 
     The groups depend on the inputs alone, not on the number of processes: the shards must not. They
-    aim at 64 units, each between 4 MiB and 256 MiB of input.
+    aim at 64 units, each between 1 MiB and 256 MiB of input.
     """
     total = sum(entry.bytes for entry in inputs)
-    target = min(max(total // 64, 4 << 20), 256 << 20)
+    target = min(max(total // 64, 1 << 20), 256 << 20)
     group: list[Input] = []
+    size = 0
     for entry in inputs:
         group.append(entry)
-        if sum(e.bytes for e in group) >= target:
+        size += entry.bytes
+        if size >= target:
             yield tuple(group)
-            group = []
+            group, size = [], 0
     if group:
         yield tuple(group)
 
@@ -111,21 +114,35 @@ def write_unit(unit: Unit, tokenizer: Tokenizer, advance: Advance) -> None:
       ValueError: an input is malformed.
       OSError: the disk does not take the data; nothing of the unit is left.
     """
+    try:
+        with _work_directory(unit) as work:
+            _write_unit(unit, tokenizer, advance, work)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"there is no room left on the disk of {unit.directory} ({error}); free some, or "
+                f"set data.prepared to a directory on a larger disk. Finished shards are kept: "
+                f"start again to continue"
+            ) from error
+        raise
+
+
+def _write_unit(unit: Unit, tokenizer: Tokenizer, advance: Advance, work: pathlib.Path) -> None:
     tally = Tally()
-    with _work_directory(unit) as work:
-        writers: dict[str, ShardWriter] = {}
-        try:
-            _write_documents(unit, tokenizer, writers, work, tally, advance)
-            shards = {split: writers[split].close() for split in sorted(writers)}
-        except BaseException:
-            for writer in writers.values():
-                writer.discard()
-            raise
-        for split, entry in shards.items():
-            final = pathlib.Path(unit.directory, split, entry.file)
-            os.replace(documents_path(work / split / entry.file), documents_path(final))
-            os.replace(work / split / entry.file, final)
-    write_durably(_record_path(unit), UnitRecord(shards, tally).to_json())
+    writers: dict[str, ShardWriter] = {}
+    try:
+        _write_documents(unit, tokenizer, writers, work, tally, advance)
+        shards = {split: writers[split].close() for split in sorted(writers)}
+    except BaseException:
+        for writer in writers.values():
+            writer.discard()
+        raise
+    write_durably(work / "record.json", UnitRecord(shards, tally).to_json())
+    for split, entry in shards.items():
+        final = pathlib.Path(unit.directory, split, entry.file)
+        os.replace(documents_path(work / split / entry.file), documents_path(final))
+        os.replace(work / split / entry.file, final)
+    os.replace(work / "record.json", _record_path(unit))
 
 
 def shard_is_there(directory: pathlib.Path, entry: ShardEntry) -> bool:
@@ -167,7 +184,7 @@ def _write_documents(
             split = "validation" if document.validation else "train"
             if split not in writers:
                 (work / split).mkdir()
-                shard = work / split / f"{unit.index:05d}.array_record"
+                shard = work / split / f"{unit.index:05d}.arrayrecord"
                 writers[split] = ShardWriter(shard, tokenizer.vocab_size)
             stream = np.concatenate([before, ids, after])
             writers[split].add(stream, document.record, input_name)

@@ -65,7 +65,9 @@ class SegmentEncoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, `(tokens,)` int32."""
-        slices = [list(_slices(self._prefix + text)) if text else [] for text in texts]
+        # SentencePiece writes a space as U+2581, so it takes one in a text for a space too.
+        spaced = [self._prefix + text.replace("\u2581", " ") if text else "" for text in texts]
+        slices = [list(_slices(text)) for text in spaced]
         flat = [part for parts in slices for part in parts]
         encoded = iter(self._encode_slices(flat))
         return [
@@ -79,6 +81,9 @@ class SegmentEncoder:
             while stop < len(slices) and chars < _SLICE_CHARS:
                 chars += len(slices[stop])
                 stop += 1
+            if self._cached_chars > _CACHE_CHARS:
+                self._ids.clear()
+                self._cached_chars = 0
             segmented = [_SEGMENT.findall(part) for part in slices[start:stop]]
             self._learn(set().union(*segmented).difference(self._ids))
             for segments in segmented:
@@ -86,9 +91,6 @@ class SegmentEncoder:
             start = stop
 
     def _learn(self, segments: set[str]) -> None:
-        if self._cached_chars > _CACHE_CHARS:
-            self._ids.clear()
-            self._cached_chars = 0
         new = list(segments)
         for segment, ids in zip(new, self._processor.encode(new), strict=True):
             self._ids[segment] = np.array(ids, np.int32).tobytes()
