@@ -81,8 +81,12 @@ def prepare_sources(data: DataConfig, *, workers: int = 0) -> dict[str, pathlib.
         write_durably(plan.directory / "source.json", plan.identity.encode())
         remove_abandoned_work(plan.directory)
     waiting = [unit for plan in unfinished for unit in plan.units if read_record(unit) is None]
-    if waiting:
-        _run(waiting, unfinished, tokenizer, workers or len(os.sched_getaffinity(0)))
+    try:
+        if waiting:
+            _run(waiting, unfinished, tokenizer, workers or len(os.sched_getaffinity(0)))
+    finally:
+        for plan in unfinished:  # of workers that were stopped because another failed
+            remove_abandoned_work(plan.directory)
     for plan in unfinished:
         _finish(plan, data, tokenizer)
     return {plan.source.name: plan.directory for plan in plans}
