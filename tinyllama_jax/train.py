@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from tinyllama_jax import door
-from tinyllama_jax.config import freeze, validate
+from tinyllama_jax.config import freeze
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "The run directory; default: runs/<config name>.")
@@ -29,14 +29,19 @@ def main(argv: list[str]) -> None:
     from tinyllama_jax.runs import curves, directory
     from tinyllama_jax.runs.lock import RunLock
     from tinyllama_jax.text.tokenizer import Tokenizer
+    from tinyllama_jax.training import preflight
     from tinyllama_jax.training.loop import train
     from tinyllama_jax.training.losses import NextToken
 
     config = freeze(_CONFIG.value)
-    tokenizer = Tokenizer(config.data.tokenizer)
-    validate(config, tokenizer_vocab_size=tokenizer.vocab_size)
     config_file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     run_dir = pathlib.Path(_WORKDIR.value or f"runs/{config_file.stem}")
+    for finding in preflight.examine_machine() + preflight.examine(config, run_dir):
+        if finding.level == "problem":
+            raise ValueError(f"{finding.subject}: {finding.text}")
+        if finding.level == "warning":
+            print(f"warning: {finding.subject}: {finding.text}", flush=True)
+    tokenizer = Tokenizer(config.data.tokenizer)
     run_dir.mkdir(parents=True, exist_ok=True)
     with RunLock(run_dir):
         directory.check_same_run(run_dir, config)

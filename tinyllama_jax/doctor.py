@@ -1,0 +1,44 @@
+"""Looks at this machine and at a run's settings before anything compiles.
+
+python -m tinyllama_jax.doctor [--config=configs/quickstart.py] [--workdir=RUN]
+    [--config.SECTION.SETTING=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from tinyllama_jax import door
+from tinyllama_jax.config import freeze
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs", "Where the run directory will be.")
+
+_MARKS = {"ok": " ok ", "warning": "WARN", "problem": "FAIL"}
+
+
+def main(argv: list[str]) -> None:
+    from tinyllama_jax.training import preflight
+
+    findings = preflight.examine_machine()
+    if _CONFIG.value is not None:
+        findings += preflight.examine(freeze(_CONFIG.value), pathlib.Path(_WORKDIR.value))
+    for finding in findings:
+        print(f"[{_MARKS[finding.level]}] {finding.subject}: {finding.text}")
+    problems = sum(finding.level == "problem" for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
+    print(f"\nproblems: {problems}, warnings: {warnings}")
+    if problems:
+        sys.exit(1)
+    config_file = "configs/quickstart.py"
+    if _CONFIG.value is not None:
+        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    print(f"next: python -m tinyllama_jax.train --config={config_file}")
+
+
+if __name__ == "__main__":
+    app.run(lambda argv: door.run(main, argv))
