@@ -80,9 +80,10 @@ class Checkpointer:
             arrays = _named(params, "params") | training
             prints = integrity.fingerprints(arrays)
             descriptions = {name: _abstract(array) for name, array in arrays.items()}
-            writing = ocp.save_checkpointables_async(
-                _unsealed(self._directory, step), {"params": params, "training": training}
-            )
+            with _orbax_context():
+                writing = ocp.save_checkpointables_async(
+                    _unsealed(self._directory, step), {"params": params, "training": training}
+                )
         except Exception as error:  # whatever it is, training is worth more than this save
             self._report_failure(step, error)
             return time.perf_counter() - began
@@ -279,7 +280,8 @@ def save_params(run_dir: Path, params: PyTree, metadata: dict[str, Any]) -> None
     _remove_transient(directory)
     arrays = _named(params, "params")
     described = integrity.describe(arrays, jax.device_get(integrity.fingerprints(arrays)))
-    ocp.save_checkpointables(_unsealed(directory, 0), {"params": params})
+    with _orbax_context():
+        ocp.save_checkpointables(_unsealed(directory, 0), {"params": params})
     _seal_and_publish(directory, 0, described, metadata)
 
 
@@ -331,13 +333,19 @@ def _read(
     integrity.verify_arrays(arrays, content)
     total = sum(array.nbytes for array in arrays.values())
     seconds = time.perf_counter() - began
-    print(
+    _say(
         f"read step {directory.name} of {directory.parent.parent}: {total / 1e9:.3f} GB of arrays "
         f"in {seconds:.2f} s ({total / 1e9 / seconds:.2f} GB/s), {size / 1e9:.3f} GB of files and "
-        f"{len(arrays)} arrays verified",
-        flush=True,
+        f"{len(arrays)} arrays verified"
     )
     return found
+
+
+def _orbax_context() -> ocp.Context:
+    context = ocp.Context()
+    # zstd takes 8% off float32 weights and makes a save many times slower.
+    context.array.saving.use_compression = False
+    return context
 
 
 def _seal_and_publish(
@@ -345,7 +353,7 @@ def _seal_and_publish(
 ) -> None:
     unsealed, final = _unsealed(directory, step), directory / str(step)
     (unsealed / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
-    integrity.seal(unsealed, described)
+    integrity.seal(unsealed, step, described)
     if final.exists():
         replaced = directory / f"{step}.replaced"
         final.rename(replaced)

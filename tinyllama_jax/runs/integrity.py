@@ -79,11 +79,12 @@ def describe(arrays: Mapping[str, Any], prints: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def seal(directory: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+def seal(directory: Path, step: int, arrays: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes integrity.json for the files that lie in `directory` now.
 
     Args:
-      directory: a checkpoint step that nobody writes to any more.
+      directory: a checkpoint that nobody writes to any more.
+      step: its step, so that a renamed copy is not taken for another one.
       arrays: what `describe` gave.
 
     Raises:
@@ -92,6 +93,7 @@ def seal(directory: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
     paths = _files(directory)
     content = {
         "format": _FORMAT,
+        "step": step,
         "files": {
             name: {"size": (directory / name).stat().st_size, "sha256": digest}
             for name, digest in zip(paths, _hash_all(directory, paths), strict=True)
@@ -102,10 +104,11 @@ def seal(directory: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def read_seal(directory: Path) -> dict[str, Any]:
-    """The content of integrity.json, once its own checksum holds.
+    """The content of a step's integrity.json, once its own checksum holds.
 
     Raises:
-      DamagedError: there is none (the save was never finished), or it is not what was written.
+      DamagedError: there is none (the save was never finished), it is not what was written, or it
+        belongs to another step.
     """
     try:
         raw = (directory / SEAL).read_bytes()
@@ -115,13 +118,15 @@ def read_seal(directory: Path) -> dict[str, Any]:
         raise DamagedError(f"{SEAL} cannot be read: {error}") from error
     try:
         content = json.loads(raw)
-        checksum = content.pop("checksum")
+        del content["checksum"]
         # Byte for byte, since a flipped bit may also hit a space or the case of a digit.
         intact = _serialize(content) == raw and content["format"] == _FORMAT
     except (ValueError, KeyError, AttributeError, TypeError):
-        checksum, intact = None, False
+        intact = False
     if not intact:
-        raise DamagedError(f"{SEAL} itself is damaged (checksum {checksum} does not hold)")
+        raise DamagedError(f"{SEAL} itself is damaged: its checksum does not hold")
+    if str(content["step"]) != directory.name:
+        raise DamagedError(f"it was sealed as step {content['step']} and renamed since")
     return content
 
 
