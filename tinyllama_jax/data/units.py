@@ -11,11 +11,13 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import pathlib
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -157,8 +159,8 @@ def shard_is_there(directory: pathlib.Path, entry: ShardEntry) -> bool:
 def remove_abandoned_work(directory: pathlib.Path) -> None:
     """Removes what processes of this host that are gone left unfinished."""
     for work in (directory / _RECORDS).glob(f"*.{socket.gethostname()}.*{_WORK_SUFFIX}"):
-        if not _is_alive(int(work.name.removesuffix(_WORK_SUFFIX).rpartition(".")[2])):
-            shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError), _locked(work):  # in use, or gone already
+            shutil.rmtree(work)
 
 
 def make_directories(directory: pathlib.Path) -> None:
@@ -211,24 +213,33 @@ def _batches(unit: Unit, tally: Tally) -> Iterator[list[tuple[str, Document]]]:
 
 @contextlib.contextmanager
 def _work_directory(unit: Unit) -> Iterator[pathlib.Path]:
-    name = f"{unit.index:05d}.{socket.gethostname()}.{os.getpid()}{_WORK_SUFFIX}"
-    path = pathlib.Path(unit.directory, _RECORDS, name)
-    try:
-        path.mkdir()
+    path = pathlib.Path(
+        tempfile.mkdtemp(
+            prefix=f"{unit.index:05d}.{socket.gethostname()}.",
+            suffix=_WORK_SUFFIX,
+            dir=pathlib.Path(unit.directory, _RECORDS),
+        )
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a disk without locks, where nothing is removed either
+            stack.enter_context(_locked(path))
         yield path
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock that ends with this process; raises OSError where another holds it.
+
+    A process id would not do: one may be a zombie or, in a restarted container, used again.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _record_path(unit: Unit) -> pathlib.Path:
     return pathlib.Path(unit.directory, _RECORDS, f"{unit.index:05d}.json")
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
