@@ -347,6 +347,19 @@ def test_a_full_disk_stops_with_its_name_and_the_next_run_continues(corpus, refe
     assert contents(result_directory) == contents(reference)
 
 
+@pytest.mark.slow
+def test_memory_does_not_follow_the_size_of_a_file(tmp_path):
+    """60 MB more text in one file, and so in one unit, costs little beside its document index."""
+    program = PREPARE + "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = []
+    for documents in (4_000, 54_000):
+        raw = write_corpus(tmp_path / f"raw{documents}", files=1, documents=documents)
+        command = [sys.executable, "-c", program, str(raw), str(tmp_path), "1"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout.split()[-1]) * 1024)
+    assert peaks[1] - peaks[0] < 30_000_000
+
+
 def test_the_door(small, tmp_path):
     config_file = tmp_path / "mine.py"
     config_file.write_text(

@@ -105,7 +105,8 @@ class ShardWriter:
         self._page = np.empty(PAGE_TOKENS, page_dtype(vocab_size))
         self._filled = 0
         self._inputs: dict[str, int] = {}
-        self._documents: list[tuple[int, int, int]] = []
+        # The entries as they are stored: a shard made of one huge file has millions of them.
+        self._documents = bytearray()
         self._partial = path.with_name(path.name + _PARTIAL_SUFFIX)
         self._writer = ArrayRecordWriter(str(self._partial), _WRITER_OPTIONS)
 
@@ -125,7 +126,8 @@ class ShardWriter:
                 f"them; the tokenizer that encoded it is not the one that was announced"
             )
         input_index = self._inputs.setdefault(input_file, len(self._inputs))
-        self._documents.append((ids.size, record, input_index))
+        entry = np.array((ids.size, record, input_index), DOCUMENT_DTYPE)
+        self._documents += entry.tobytes()
         self.tokens += ids.size
         taken = 0
         while taken < ids.size:
@@ -144,7 +146,7 @@ class ShardWriter:
             self._writer.close()
         except RuntimeError as error:
             raise self._write_error(error) from error
-        documents = np.array(self._documents, DOCUMENT_DTYPE).tobytes()
+        documents = bytes(self._documents)
         # The index first: a shard that has its name is complete.
         write_durably(documents_path(self.path), documents)
         with open(self._partial, "rb") as file:
@@ -156,7 +158,7 @@ class ShardWriter:
         return ShardEntry(
             file=self.path.name,
             inputs=tuple(self._inputs),
-            documents=len(self._documents),
+            documents=len(documents) // DOCUMENT_DTYPE.itemsize,
             tokens=self.tokens,
             bytes=size,
             sha256=sha256,
