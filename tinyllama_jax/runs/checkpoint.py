@@ -345,6 +345,8 @@ def _orbax_context() -> ocp.Context:
     context = ocp.Context()
     # zstd takes 8% off float32 weights and makes a save many times slower.
     context.array.saving.use_compression = False
+    # Where a directory cannot be made, Orbax's background threads would wait for it for 20 minutes.
+    context.async_options.create_directories_asynchronously = False
     return context
 
 
