@@ -39,6 +39,8 @@ CONFIGS = [
     for head_dim in (32, 64, 128)
     for tied in (False, True)
 ]
+# The graph is compared, not LLVM's optimisation of it, which would be most of the tests' time.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 TOKENS = np.random.default_rng(7).integers(0, 101, (3, 40)).astype(np.int32)
 
 
@@ -66,7 +68,7 @@ def random_params(model):
 
 
 def our_logits(model, params, tokens):
-    hidden, _ = jax.jit(model.apply)(params, tokens)
+    hidden, _ = jax.jit(model.apply, compiler_options=COMPILER_OPTIONS)(params, tokens)
     return model.logits(params, hidden)
 
 
@@ -98,7 +100,7 @@ def test_logits_and_gradients_after_to_hf(tmp_path, config):
         logps = jax.nn.log_softmax(logits)
         return -jnp.take_along_axis(logps, jnp.asarray(targets)[..., None], axis=-1).mean(), logits
 
-    (_, logits), gradients = jax.jit(loss)(params)
+    (_, logits), gradients = jax.jit(loss, compiler_options=COMPILER_OPTIONS)(params)
     assert_close_logits(logits, expected)
     gradients = {
         "/".join(key.key for key in path): np.asarray(leaf)

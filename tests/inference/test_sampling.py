@@ -1,6 +1,5 @@
 """Every filter against a few lines of NumPy and against transformers, and the draw itself."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -99,17 +98,16 @@ def test_filters_against_transformers(logits):
 
 def draws(logits, settings, count=20000, seen=None):
     """How often each id is drawn from the one row of logits `(1, V)`."""
-    keys = sampling.row_keys([0])
-    drawn = jax.vmap(lambda i: sampling.sample(logits, settings, keys, i[None], seen)[0])(
-        jnp.arange(count)
-    )
+    many = np.repeat(logits, count, axis=0)
+    keys = jnp.repeat(sampling.row_keys([0]), count)
+    drawn = sampling.sample(many, settings, keys, jnp.arange(count), seen)
     return np.bincount(drawn, minlength=logits.shape[1]) / count
 
 
 def test_draws_follow_the_distribution_of_all_filters_in_order():
     logits = np.array([[3.0, 2.5, 2.0, 1.0, 0.0, -1.0]], np.float32)
     settings = SamplingConfig(
-        temperature=0.7, top_k=5, top_p=0.97, min_p=0.1, repetition_penalty=1.2
+        temperature=0.7, top_k=5, top_p=0.97, min_p=0.15, repetition_penalty=1.2
     )
     seen = np.array([[True, False, False, False, False, True]])
     row = logits[0].astype(np.float64)
@@ -117,7 +115,7 @@ def test_draws_follow_the_distribution_of_all_filters_in_order():
     probabilities = softmax(row / 0.7)
     probabilities[5] = 0  # top-k
     probabilities[4] = 0  # top-p: 0, 1, 2 and 3 already have more than 0.97 of what top-k left
-    probabilities[probabilities < 0.1 * probabilities.max()] = 0  # min-p: 3 goes too
+    probabilities[probabilities < 0.15 * probabilities.max()] = 0  # min-p: 3 goes too
     assert (probabilities > 0).tolist() == [True, True, True, False, False, False]
     frequencies = draws(logits, settings, seen=seen)
     np.testing.assert_allclose(frequencies, probabilities / probabilities.sum(), atol=0.015)

@@ -65,8 +65,7 @@ def draw(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     limit = sampling.max_new_tokens
-    # Only what is traced into the program may be static, or each prompt would compile anew.
-    traced = dataclasses.replace(sampling, prompt="", max_new_tokens=0, seed=0)
+    traced = _traced(sampling)
     state, steps = _prefill(
         model, params, tokens, lengths, row_keys(seeds), traced, _bucket(lengths.max() + limit)
     )
@@ -75,6 +74,14 @@ def draw(
         if limit > 0:  # the device goes on while the caller reads what is ready
             state, steps = _decode(model, params, state, traced)
         yield from np.asarray(ready)[: len(ready) + min(limit, 0)]
+
+
+def _traced(sampling: SamplingConfig) -> SamplingConfig:
+    """What of the settings the compiled program depends on; the rest must not compile it anew."""
+    if sampling.temperature == 0:
+        penalty = sampling.repetition_penalty
+        sampling = SamplingConfig(temperature=0.0, repetition_penalty=penalty)
+    return dataclasses.replace(sampling, prompt="", max_new_tokens=0, seed=0)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "capacity"))

@@ -88,14 +88,15 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Keeps the fewest likeliest tokens that reach probability p together (arXiv 1904.09751)."""
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    exclude_sorted = (before >= p).at[:, 0].set(False)  # the likeliest always stays
-    rows = jnp.arange(logits.shape[0])[:, None]
-    exclude = jnp.zeros(logits.shape, bool).at[rows, order].set(exclude_sorted)
-    return _exclude(logits, exclude)
+    """Keeps the fewest likeliest tokens that reach probability p together (arXiv 1904.09751).
+
+    Tokens that equal the last of them are kept too.
+    """
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # 0 for the likeliest
+    lowest_kept = jnp.where(before < p, ranked, jnp.inf).min(axis=-1, keepdims=True)
+    return _exclude(logits, logits < lowest_kept)
 
 
 def keep_min_p(logits: jax.Array, min_p: float) -> jax.Array:
