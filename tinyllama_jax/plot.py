@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from tinyllama_jax import door
 from tinyllama_jax.runs.curves import PICTURE, draw, final_numbers, read_curves, write_html
 from tinyllama_jax.runs.directory import resolve_run
 
@@ -35,7 +35,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    door.run(main)

@@ -127,7 +127,7 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path):
     write_entry(tmp_path, pid=dead_pid())
     enter = (
         "import sys, time\nfrom tinyllama_jax.runs.lock import RunLock\n"
-        "with RunLock(sys.argv[1]): print('in', flush=True); time.sleep(3)"
+        "with RunLock(sys.argv[1]): print('in', flush=True); time.sleep(2)"
     )
     command = [sys.executable, "-c", enter, str(tmp_path)]
     processes = [

@@ -12,6 +12,7 @@ separate parts of a step: generation and conversion read the params alone.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import sys
@@ -35,6 +36,12 @@ METADATA = "metadata.json"
 _TRANSIENT = re.compile(r"\d+\.(unsealed|replaced|removed)")
 
 
+# Orbax logs a traceback per thread of a failed save; `_report_failure` says the same in one line.
+logging.getLogger("absl").addFilter(
+    lambda record: "_SignalingThread.run() raised an exception" not in str(record.msg)
+)
+
+
 class Restored(NamedTuple):
     step: int
     state: PyTree
@@ -56,6 +63,7 @@ class Checkpointer:
         self._tokens_per_step = tokens_per_step
         self._sealing: threading.Thread | None = None
         self._failed = False
+        self._step_bytes = 0
         _undo_interrupted_replacement(self._directory)
 
     def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> float:
@@ -78,6 +86,7 @@ class Checkpointer:
             _remove_transient(self._directory)
             params, training = _parts(state)
             arrays = _named(params, "params") | training
+            self._step_bytes = sum(array.nbytes for array in arrays.values())
             prints = integrity.fingerprints(arrays)
             descriptions = {name: _abstract(array) for name, array in arrays.items()}
             with _orbax_context():
@@ -189,15 +198,15 @@ class Checkpointer:
         self._failed = True
         try:
             _remove_transient(self._directory)
-            free = f"{shutil.disk_usage(self._directory).free / 1e9:.2f} GB are free there"
+            free = f"{shutil.disk_usage(self._directory.parent).free / 1e9:.3f} GB are free there"
         except OSError as also:
             free = f"and cleaning up failed too: {also}"
         good = self.steps()
         _say(
             f"step {step} could not be saved: {_first_line(error)}; training goes on, and "
             + (f"step {good[-1]} is the newest to resume from" if good else "no step is saved yet")
-            + f". Make {self._directory} writable with room for a step ({free}); the next save "
-            "tries again"
+            + f". Make {self._directory} writable with room for a step "
+            f"({self._step_bytes / 1e9:.3f} GB; {free}); the next save tries again"
         )
 
 

@@ -64,6 +64,8 @@ def draw(run_dirs: Sequence[Path], out: Path) -> None:
       OSError: it cannot be written.
     """
     ending = out.suffix.lstrip(".").lower()
+    if not ending:
+        raise ValueError(f"{out} has no ending that names a format; write {out}.png or {out}.svg")
     data = _rendered(read_curves(run_dirs), ending)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f"{out.name}.tmp")

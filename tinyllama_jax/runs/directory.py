@@ -82,7 +82,8 @@ def resolve_run(path: str | Path) -> Path:
 def check_same_run(run_dir: Path, config: Config) -> None:
     """Makes a run directory belong to `config`: writes config.json, or compares it.
 
-    Settings that a run may change are printed and overwritten.
+    Settings that a run may change are printed and overwritten. A run that holds only imported
+    params is bound by their model alone: it gets its other settings here.
 
     Raises:
       ValueError: the run was started with settings that compute something else, one line each.
@@ -97,15 +98,24 @@ def check_same_run(run_dir: Path, config: Config) -> None:
         write_config(run_dir, config)
         return
     matters, harmless = differences(read_config(run_dir), config)
+    imported = _holds_only_imported_params(run_dir)
+    if imported:
+        matters = [line for line in matters if line.startswith("model.")]
     if matters:
         raise ValueError(
             f"{run_dir} was started with other settings, and going on would make a run that "
             "neither config describes; set these back, or name another --workdir:\n"
             + "\n".join(f"  - {line}" for line in matters)
         )
-    if harmless:
+    if harmless and not imported:
         print(f"settings changed since {run_dir} was started: {'; '.join(harmless)}", flush=True)
+    if harmless or imported:
         write_config(run_dir, config)
+
+
+def _holds_only_imported_params(run_dir: Path) -> bool:
+    steps = [path for path in run_dir.glob("checkpoints/*") if path.name.isdecimal()]
+    return bool(steps) and not any((step / "training").exists() for step in steps)
 
 
 def record_environment(run_dir: Path) -> None:
