@@ -75,7 +75,7 @@ def make_train_step(
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         metrics = {
             "loss": sums.reported / sums.weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate,
         }
         return TrainState(state.step + 1, params, opt_state), metrics
