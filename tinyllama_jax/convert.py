@@ -10,8 +10,10 @@ import argparse
 import pathlib
 import sys
 
+from tinyllama_jax import door
 
-def main(argv: list[str] | None = None) -> int:
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tinyllama_jax.convert", description="Converts a model's files."
     )
@@ -27,14 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     from_hf.add_argument("source", type=pathlib.Path)
     from_hf.add_argument("--out", type=pathlib.Path, required=True, help="the run to make")
     arguments = parser.parse_args(argv)
-    try:
-        return (_to_hf if arguments.command == "to-hf" else _from_hf)(arguments)
-    except ValueError as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 1
+    (_to_hf if arguments.command == "to-hf" else _from_hf)(arguments)
 
 
-def _to_hf(arguments: argparse.Namespace) -> int:
+def _to_hf(arguments: argparse.Namespace) -> None:
     from tinyllama_jax.conversion import hf, output, shards
     from tinyllama_jax.conversion.load import load
 
@@ -66,10 +64,9 @@ def _to_hf(arguments: argparse.Namespace) -> int:
                 f"do not use it"
             )
     print(f"next: python -m tinyllama_jax.generate {arguments.out}")
-    return 0
 
 
-def _from_hf(arguments: argparse.Namespace) -> int:
+def _from_hf(arguments: argparse.Namespace) -> None:
     from tinyllama_jax.conversion import output
     from tinyllama_jax.conversion.load import load, save_run
 
@@ -83,8 +80,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
             f"put the model's SentencePiece file at {arguments.out / 'tokenizer.model'} first"
         )
     print(f"next: python -m tinyllama_jax.generate {arguments.out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    door.run(main, sys.argv[1:])

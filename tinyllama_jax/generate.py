@@ -11,6 +11,8 @@ import pathlib
 import sys
 import time
 
+from tinyllama_jax import door
+
 # The settings that the command line may override, with what they mean.
 _SETTINGS = {
     "prompt": (str, "the text to continue"),
@@ -24,7 +26,7 @@ _SETTINGS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tinyllama_jax.generate",
         description="Continues a prompt; what is not given is taken from the run's config.",
@@ -35,18 +37,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stop", action="append", default=[], help="ends the text; repeatable")
     parser.add_argument("--step", type=int, help="of the run; default: the newest good one")
     arguments = parser.parse_args(argv)
-    try:
-        _generate(arguments)
-    except ValueError as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
-
-
-def _generate(arguments: argparse.Namespace) -> None:
     from tinyllama_jax.conversion.load import load
     from tinyllama_jax.inference.engine import Engine
 
@@ -61,9 +51,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         room = max(1, engine.room(settings.prompt))
         settings = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
     stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in arguments.stop]
+    updates = engine.stream([settings.prompt], settings, stop=stop)
     print(settings.prompt, end="", flush=True)
     first = completion = None
-    for update in engine.stream([settings.prompt], settings, stop=stop):
+    for update in updates:
         first = first or time.perf_counter()
         print(update.text, end="", flush=True)
         completion = update.completion or completion
@@ -76,4 +67,4 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    door.run(main, sys.argv[1:])

@@ -50,9 +50,9 @@ def assert_same_bits(found, expected):
 def test_doors_round_trip_is_bit_exact(tmp_path, config, capsys):
     params = make_run(tmp_path / "run", config)
     hf_dir, back = str(tmp_path / "hf"), str(tmp_path / "back")
-    assert convert.main(["to-hf", str(tmp_path / "run"), "--out", hf_dir]) == 0
+    convert.main(["to-hf", str(tmp_path / "run"), "--out", hf_dir])
     assert f"next: python -m tinyllama_jax.generate {hf_dir}" in capsys.readouterr().out
-    assert convert.main(["from-hf", hf_dir, "--out", back]) == 0
+    convert.main(["from-hf", hf_dir, "--out", back])
     loaded = tinyllama_jax.load(back)
     assert_same_bits(loaded.params, params)
     assert loaded.config.model == config
@@ -63,7 +63,7 @@ def test_doors_round_trip_is_bit_exact(tmp_path, config, capsys):
 def test_sharded_export_is_the_same_model(tmp_path):
     params = make_run(tmp_path / "run")
     arguments = ["to-hf", str(tmp_path / "run"), "--out", str(tmp_path / "hf")]
-    assert convert.main([*arguments, "--max-shard-size", "100KB"]) == 0
+    convert.main([*arguments, "--max-shard-size", "100KB"])
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) == 3
     assert_same_bits(load(tmp_path / "hf").params, params)
 
@@ -72,7 +72,7 @@ def test_sharded_export_is_the_same_model(tmp_path):
 def test_half_precision_rounds_once(tmp_path, dtype, error):
     params = make_run(tmp_path / "run")
     arguments = ["to-hf", str(tmp_path / "run"), "--out", str(tmp_path / "hf"), "--dtype", dtype]
-    assert convert.main(arguments) == 0
+    convert.main(arguments)
     found = load(tmp_path / "hf").params
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
         assert a.dtype == np.float32
@@ -151,23 +151,26 @@ def test_wrong_tensors_are_named(hf_dir):
         load(hf_dir)
 
 
-def test_nothing_is_overwritten(tmp_path, hf_dir, capsys):
+def test_nothing_is_overwritten(tmp_path, hf_dir):
     make_run(tmp_path / "run")
     before = sorted(path.name for path in hf_dir.iterdir())
-    assert convert.main(["to-hf", str(tmp_path / "run"), "--out", str(hf_dir)]) == 1
-    assert "already exists and is not an empty directory" in capsys.readouterr().err
-    assert convert.main(["from-hf", str(hf_dir), "--out", str(tmp_path / "run")]) == 1
+    for arguments in (
+        ["to-hf", str(tmp_path / "run"), "--out", str(hf_dir)],
+        ["from-hf", str(hf_dir), "--out", str(tmp_path / "run")],
+    ):
+        with pytest.raises(ValueError, match="already exists and is not an empty directory"):
+            convert.main(arguments)
     assert sorted(path.name for path in hf_dir.iterdir()) == before
 
 
-def test_a_failed_conversion_leaves_nothing(tmp_path, capsys):
+def test_a_failed_conversion_leaves_nothing(tmp_path):
     params = random_params(UNTIED)
     params["final_norm"][0] = 1e5
     directory.write_config(tmp_path / "run", Config(model=UNTIED))
     checkpoint.save_params(tmp_path / "run", params, {})
     arguments = ["to-hf", str(tmp_path / "run"), "--out", str(tmp_path / "hf")]
-    assert convert.main([*arguments, "--dtype", "float16"]) == 1
-    assert "past the largest float16" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="past the largest float16"):
+        convert.main([*arguments, "--dtype", "float16"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax.config import ModelConfig
+from tinyllama_jax import convert
+from tinyllama_jax.config import Config, ModelConfig
 from tinyllama_jax.conversion import hf
 from tinyllama_jax.conversion.hf_config import SpecialIds, from_model_config
 from tinyllama_jax.conversion.load import load
 from tinyllama_jax.conversion.names import entries
 from tinyllama_jax.model.llama import Llama
+from tinyllama_jax.runs import checkpoint, directory
+from tinyllama_jax.text.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch", reason="needs the [parity] extra")
 transformers = pytest.importorskip("transformers", reason="needs the [parity] extra")
@@ -155,3 +158,13 @@ def test_verify_passes_what_is_right_and_catches_what_is_not(tmp_path):
     swapped["gate"], swapped["up"] = swapped["up"], swapped["gate"]
     wrong = hf.verify(tmp_path, small, params, None)
     assert not wrong.ok and wrong.relative_difference > 0.01
+
+
+def test_door_verifies_weights_and_tokenizer(tmp_path, capsys):
+    small = dataclasses.replace(config(4, 32, False), vocab_size=4096)
+    directory.write_config(tmp_path / "run", Config(model=small))
+    checkpoint.save_params(tmp_path / "run", random_params(Llama(small)), {})
+    (tmp_path / "run" / "tokenizer.model").write_bytes(Tokenizer().model_proto)
+    convert.main(["to-hf", str(tmp_path / "run"), "--out", str(tmp_path / "hf"), "--verify"])
+    printed = capsys.readouterr().out
+    assert "largest logit difference" in printed and "11 of 11 texts give the same ids" in printed

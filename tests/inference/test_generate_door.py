@@ -1,5 +1,8 @@
 """The generate door: defaults, overrides, and errors without a traceback."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -31,7 +34,7 @@ def run(tmp_path_factory):
 
 
 def test_defaults_come_from_the_run_and_fit_its_context(run, capsys):
-    assert generate.main([str(run)]) == 0
+    generate.main([str(run)])
     printed = capsys.readouterr().out
     assert printed.startswith("The prompt")
     assert "ended by max_new_tokens" in printed
@@ -65,12 +68,14 @@ def test_stop_strings(run, capsys):
         (["--prompt", "long " * 100], "do not fit the context"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(run, capsys, arguments, message):
-    assert generate.main([str(run), *arguments]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("generate: ") and message in error
+def test_mistakes_are_answered_before_anything_is_printed(run, capsys, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate.main([str(run), *arguments])
+    assert capsys.readouterr().out == ""
 
 
-def test_a_directory_that_is_no_model(tmp_path, capsys):
-    assert generate.main([str(tmp_path / "nothing")]) == 1
-    assert "is not there" in capsys.readouterr().err
+def test_a_mistake_is_a_message_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "tinyllama_jax.generate", str(tmp_path / "nothing")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "nothing is not there" in result.stderr and "Traceback" not in result.stderr

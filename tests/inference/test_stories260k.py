@@ -42,7 +42,7 @@ def stories(test_data, tmp_path_factory):
     """The model as `from-hf` makes a run of it, its tokenizer put beside it as the door says."""
     run = tmp_path_factory.mktemp("stories") / "run"
     source = test_data / "model" / "stories260K"
-    assert convert.main(["from-hf", str(source / "hf_untied"), "--out", str(run)]) == 0
+    convert.main(["from-hf", str(source / "hf_untied"), "--out", str(run)])
     assert tinyllama_jax.load(run).tokenizer is None
     (run / "tokenizer.model").write_bytes(tokenizer_of(source / "tok512.bin").model_proto)
     return run
@@ -88,7 +88,7 @@ def test_greedy_text_without_the_cache(loaded, expected_text):
 
 def test_generate_door_prints_the_same_text(stories, expected_text, capsys):
     arguments = [str(stories), "--temperature", "0", "--max-new-tokens", "200", "--prompt", ""]
-    assert generate.main(arguments) == 0
+    generate.main(arguments)
     printed = capsys.readouterr().out
     assert printed.startswith(expected_text)
     assert "200 tokens" in printed and "tokens/s" in printed
