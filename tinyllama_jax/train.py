@@ -20,6 +20,9 @@ _RESUME = flags.DEFINE_string(
     "resume", "auto", "auto: from the newest good step, if any; never; or the number of a step."
 )
 
+# Raw text up to this size is prepared on the way, within minutes; more is a job of its own.
+_PREPARE_BYTES = 1 << 30
+
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> None:
         directory.record_environment(run_dir)
         (run_dir / "tokenizer.model").write_bytes(tokenizer.model_proto)
 
-        prepared = prepare_sources(config.data)
+        prepared = prepare_sources(config.data, max_bytes=_PREPARE_BYTES)
         datasets = open_datasets(config, prepared, tokenizer.sha256)
         print(datasets.training.describe(), flush=True)
         loss_fn = NextToken(config, tokenizer.bos_id, tokenizer.eos_id)

@@ -286,6 +286,14 @@ def test_a_malformed_line_stops_everything_and_is_named(tmp_path, workers):
     assert not list((tmp_path / "prepared").glob("*/train/manifest.json"))
 
 
+def test_more_than_the_caller_has_time_for(small, tmp_path):
+    data = config(small, tmp_path)
+    with pytest.raises(ValueError, match=r"not prepared yet.*run python -m tinyllama_jax.prepare"):
+        prepare.prepare_sources(data, workers=1, max_bytes=100)
+    directories = prepare.prepare_sources(data, workers=1)
+    assert prepare.prepare_sources(data, workers=1, max_bytes=100) == directories
+
+
 def test_a_tokenizer_without_the_boundary_piece(tmp_path, small):
     from sentencepiece import sentencepiece_model_pb2
 

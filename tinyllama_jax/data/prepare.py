@@ -55,7 +55,9 @@ class _Plan:
     units: tuple[Unit, ...]
 
 
-def prepare_sources(data: DataConfig, *, workers: int = 0) -> dict[str, pathlib.Path]:
+def prepare_sources(
+    data: DataConfig, *, workers: int = 0, max_bytes: int = 0
+) -> dict[str, pathlib.Path]:
     """Tokenizes all sources into `data.prepared`, as far as that is not done yet.
 
     Prints its progress and, in the end, what was skipped or repaired.
@@ -63,12 +65,15 @@ def prepare_sources(data: DataConfig, *, workers: int = 0) -> dict[str, pathlib.
     Args:
       data: sources, tokenizer, boundary rule and where to write.
       workers: processes; 0: one per core that this process may use. The bytes do not depend on it.
+      max_bytes: raw text that is still to be read at most, for a caller that has other work to do;
+        0: any amount.
 
     Returns:
       The directory of each source by its name; `train/` and `validation/` in it have a manifest.
 
     Raises:
-      ValueError: a source is missing, empty or malformed, or the tokenizer cannot mark documents.
+      ValueError: a source is missing, empty or malformed, the tokenizer cannot mark documents, or
+        there is more to do than `max_bytes`.
       OSError: the disk is full or failed. What was finished stays, and the next call continues.
       RuntimeError: a worker died.
     """
@@ -81,6 +86,13 @@ def prepare_sources(data: DataConfig, *, workers: int = 0) -> dict[str, pathlib.
         write_durably(plan.directory / "source.json", plan.identity.encode())
         remove_abandoned_work(plan.directory)
     waiting = [unit for plan in unfinished for unit in plan.units if read_record(unit) is None]
+    waiting_bytes = sum(unit.bytes for unit in waiting)
+    if max_bytes and waiting_bytes > max_bytes:
+        raise ValueError(
+            f"{waiting_bytes / 1e9:.3g} GB of raw text are not prepared yet, which would hold this "
+            f"machine's accelerators up for long; run python -m tinyllama_jax.prepare with the "
+            f"same --config first, on a machine with many cores"
+        )
     try:
         if waiting:
             _run(waiting, unfinished, tokenizer, workers or len(os.sched_getaffinity(0)))
