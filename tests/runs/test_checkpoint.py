@@ -19,9 +19,9 @@ from tinyllama_jax.runs.checkpoint import (
     Checkpointer,
     restore_params,
     save_params,
-    steps_to_keep,
 )
 from tinyllama_jax.runs.integrity import SEAL
+from tinyllama_jax.runs.steps import steps_to_keep
 
 KEEP_ALL = CheckpointConfig(keep_last=1000)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -210,6 +210,21 @@ def test_params_alone(run_dir):
     assert_same_bits(params, state_at(20).params)
     step, params = restore_params(run_dir, step=10)
     assert_same_bits(params, state_at(10).params)
+
+
+def test_params_are_found_though_training_deletes_the_step_that_is_read(run_dir, monkeypatch):
+    load = checkpoint.ocp.load_checkpointables
+
+    def overtaken(path, abstract):
+        if path.name == "20":
+            save_steps(run_dir, 30, settings=CheckpointConfig(keep_last=1))
+            assert not path.exists()
+        return load(path, abstract)
+
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", overtaken)
+    step, params = restore_params(run_dir)
+    assert step == 30
+    assert_same_bits(params, state_at(30).params)
 
 
 def test_params_alone_do_not_read_the_optimizer_state(run_dir, monkeypatch):

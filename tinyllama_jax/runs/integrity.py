@@ -149,7 +149,10 @@ def verify_files(directory: Path, content: Mapping[str, Any], parts: Collection[
     if added:
         raise DamagedError(f"{_listed(added)} was added after it was sealed")
     for name in found:
-        size = (directory / name).stat().st_size
+        try:
+            size = (directory / name).stat().st_size
+        except OSError as error:
+            raise DamagedError(f"it cannot be read: {error}") from error
         if size != sealed[name]["size"]:
             raise DamagedError(f"{name} has {size} bytes, sealed with {sealed[name]['size']}")
     read = [name for name in found if not parts or "/" not in name or name.split("/")[0] in parts]

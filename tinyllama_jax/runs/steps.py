@@ -1,0 +1,89 @@
+"""The step directories of a run, and which of them are kept.
+
+`<step>` is published, `<step>.unsealed` is being written, `<step>.replaced` gives way to a new save
+of the same step, `<step>.removed` is being deleted. Renames lead from one to the next, so that a
+kill leaves nothing half done under a step's own name.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinyllama_jax.runs import integrity
+
+_TRANSIENT = re.compile(r"\d+\.(unsealed|replaced|removed)")
+
+
+def steps_to_keep(
+    steps: Sequence[int], keep_last: int, milestone_tokens: int, tokens_per_step: int
+) -> set[int]:
+    """The newest `keep_last` steps, and the first step at or past each multiple of
+    `milestone_tokens` (0: none) tokens.
+
+    Args:
+      steps: the sealed steps, ascending.
+    """
+    keep = set(steps[-keep_last:])
+    reached = 0
+    for step in steps if milestone_tokens else ():
+        multiple = step * tokens_per_step // milestone_tokens
+        if multiple > reached:
+            keep.add(step)
+            reached = multiple
+    return keep
+
+
+def undo_interrupted_replacement(directory: Path) -> None:
+    """Brings back a step whose replacement was killed between its two renames."""
+    for replaced in directory.glob("*.replaced"):
+        final = replaced.with_suffix("")
+        if not final.exists():
+            replaced.rename(final)
+
+
+def unsealed_path(directory: Path, step: int) -> Path:
+    """Where a step is written."""
+    return directory / f"{step}.unsealed"
+
+
+def publish(directory: Path, step: int) -> None:
+    """Gives a sealed step its name; a step that had it before is deleted."""
+    unsealed, final = unsealed_path(directory, step), directory / str(step)
+    replaced = directory / f"{step}.replaced"
+    if final.exists():
+        final.rename(replaced)
+    unsealed.rename(final)
+    integrity.sync_directory(directory)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def remove(path: Path) -> None:
+    """Deletes a step so that a kill leaves no half of it under its name."""
+    removed = path.with_name(f"{path.name}.removed")
+    path.rename(removed)
+    shutil.rmtree(removed)
+
+
+def remove_transient(directory: Path) -> None:
+    """Deletes what killed or failed saves and deletions have left."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if _TRANSIENT.match(path.name):
+            shutil.rmtree(path)
+
+
+def step_directories(directory: Path) -> list[Path]:
+    """Everything that bears a step's name, ascending, sealed or not."""
+    if not directory.is_dir():
+        return []
+    steps = (path for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(steps, key=lambda path: int(path.name))
+
+
+def sealed_steps(directory: Path) -> list[int]:
+    """The steps that have a seal, ascending; whether it holds is for the reader to see."""
+    paths = step_directories(directory)
+    return [int(path.name) for path in paths if (path / integrity.SEAL).is_file()]
