@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
             print(f"warning: {finding.subject}: {finding.text}", flush=True)
     tokenizer = Tokenizer(config.data.tokenizer)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with RunLock(run_dir):
+    with RunLock(run_dir) as lock:
         directory.check_same_run(run_dir, config)
         directory.record_environment(run_dir)
         (run_dir / "tokenizer.model").write_bytes(tokenizer.model_proto)
@@ -56,8 +56,9 @@ def main(argv: list[str]) -> None:
         print(datasets.training.describe(), flush=True)
         loss_fn = NextToken(config, tokenizer.bos_id, tokenizer.eos_id)
         train(
-            config, run_dir, datasets.training, datasets.validation, loss_fn, resume=_RESUME.value
-        )
+            config, run_dir, datasets.training, datasets.validation, loss_fn,
+            resume=_RESUME.value, lock=lock,
+        )  # fmt: skip
         curves.write_loss_picture(run_dir)
     print(f"\nthe loss curve: {run_dir / 'loss.png'}")
     _show_sample(run_dir)

@@ -16,6 +16,7 @@ from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.model.llama import Llama
 from tinyllama_jax.progress import Progress
 from tinyllama_jax.runs.checkpoint import Checkpointer
+from tinyllama_jax.runs.lock import RunLock
 from tinyllama_jax.runs.metrics import MetricsWriter
 from tinyllama_jax.training.losses import LossFunction
 from tinyllama_jax.training.optimizer import make_optimizer
@@ -53,19 +54,23 @@ def train(
     loss_fn: LossFunction,
     *,
     resume: str = "auto",
+    lock: RunLock | None = None,
 ) -> TrainState:
     """Trains until the token budget is spent, and returns the last state.
 
     Args:
       config: validated settings.
-      run_dir: the run directory, locked by the caller, its config.json written or compared.
+      run_dir: the run directory, its config.json written or compared by the caller.
       data: the batch of every step.
       validation: what is evaluated, by source.
       loss_fn: what is minimised.
       resume: "auto" (the newest good step, if there is one), "never", or a step's number.
+      lock: the caller's hold of run_dir, checked before every save; None where nobody else can
+        write there.
 
     Raises:
-      ValueError: a step that cannot be resumed from, with the reason.
+      ValueError: a step that cannot be resumed from, or a lost lock, with the reason.
+      OSError: the last step could not be saved.
     """
     model = Llama(config.model)
     optimizer = make_optimizer(config.optimizer)
@@ -81,6 +86,8 @@ def train(
     ):
         state = init_state(model, optimizer, config.training.seed)
         state = _resumed(state, resume, checkpoints, writer, data)
+        if int(state.step) == 0 and (params := checkpoints.restore_initial_params(state.params)):
+            state = init_state(model, optimizer, config.training.seed, params)
         start = int(state.step)
         if start >= total_steps:
             print(f"step {start} of {total_steps}: the token budget is spent")
@@ -133,8 +140,19 @@ def train(
                     if evaluation_due:
                         evaluate(step, state, writer, progress)
                     if save_due:
+                        if lock is not None:
+                            lock.require_held()
                         checkpoints.save(step, state, {"data_fingerprint": data.fingerprint(step)})
-        checkpoints.wait()
+        if not checkpoints.wait():
+            checkpoints.save(
+                total_steps, state, {"data_fingerprint": data.fingerprint(total_steps)}
+            )
+            if not checkpoints.wait():
+                raise OSError(
+                    f"the last step, {total_steps}, could not be saved in {run_dir}, for the reason "
+                    "above: make room there and start the same command again; it goes on from "
+                    f"step {max(checkpoints.steps(), default=0)}"
+                )
     return state
 
 
@@ -147,7 +165,7 @@ def _resumed(
 ) -> TrainState:
     """The state to go on from: the fresh one, or the one that `resume` names."""
     if resume == "never":
-        if checkpoints.steps():
+        if any(checkpoints.steps()):  # step 0 holds params that the run was given to start from
             raise ValueError(
                 f"--resume=never, but the run has checkpoints of {checkpoints.steps()}, which "
                 "would be overwritten; name another --workdir, or remove the old run"
