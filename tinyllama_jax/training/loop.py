@@ -150,8 +150,8 @@ def train(
             if not checkpoints.wait():
                 raise OSError(
                     f"the last step, {total_steps}, could not be saved in {run_dir}, for the "
-                    "reason above: make room there and start the same command again; it goes on from "
-                    f"step {max(checkpoints.steps(), default=0)}"
+                    "reason above: make room there and start the same command again; it goes on "
+                    f"from step {max(checkpoints.steps(), default=0)}"
                 )
     return state
 
