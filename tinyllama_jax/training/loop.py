@@ -174,8 +174,8 @@ def _resumed(
     if resume != "auto" and not resume.isdecimal():
         raise ValueError(f'--resume="{resume}" is not auto, never or the number of a step')
     restored = checkpoints.restore(state, step=None if resume == "auto" else int(resume))
-    writer.rewind(restored.step if restored else 0)
     if restored is None:
+        writer.rewind(0)
         return state
     saved, now = restored.metadata.get("data_fingerprint"), data.fingerprint(restored.step)
     if saved is not None and saved != now:
@@ -185,6 +185,7 @@ def _resumed(
             "some never; bring back the prepared corpus that the run started with, or start a new "
             "run in another --workdir"
         )
+    writer.rewind(restored.step)
     print(f"resumed from step {restored.step}", flush=True)
     return restored.state
 
