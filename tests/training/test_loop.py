@@ -1,0 +1,287 @@
+"""The training loop in process: what it logs, and how it resumes, refuses and ends."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from tinyllama_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from tinyllama_jax.data.batch import Batch
+from tinyllama_jax.runs.checkpoint import Checkpointer, restore_params, save_params
+from tinyllama_jax.runs.metrics import read_metrics
+from tinyllama_jax.training.loop import train
+from tinyllama_jax.training.losses import NextToken
+
+ROWS, S, V, STEPS = 4, 8, 31, 12
+CONFIG = Config(
+    model=ModelConfig(
+        vocab_size=V, num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24,
+        max_seq_len=S, compute_dtype="float32",
+    ),
+    data=DataConfig(
+        seq_len=S,
+        sources=(SourceConfig(name="code", weight=1.0), SourceConfig(name="text", weight=3.0)),
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2),
+    training=TrainingConfig(
+        train_tokens=STEPS * ROWS * S, global_batch_tokens=ROWS * S, micro_batch_size=ROWS
+    ),
+    evaluation=EvaluationConfig(every_steps=5),
+    checkpoint=CheckpointConfig(every_steps=4, keep_last=3),
+    logging=LoggingConfig(every_steps=1, tensorboard=False),
+)  # fmt: skip
+TIMING = {"tokens_per_second", "step_seconds", "data_wait_seconds"}
+TRAINING_FIELDS = {"step", "tokens_seen", "loss", "grad_norm", "learning_rate"} | TIMING
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once(tmp_path_factory):
+    """Every call of `train` compiles anew; here the same programs come from a cache."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+class MadeUpData:
+    """Counts upwards from a random id in every row; `cut_at` is where the power goes."""
+
+    def __init__(self, *, cut_at=None, seed=0, read_seconds=0.0):
+        self.cut_at, self.seed, self.read_seconds = cut_at, seed, read_seconds
+
+    def batch_at(self, step):
+        start = np.random.default_rng([self.seed, step]).integers(0, V, (ROWS, 1))
+        ids = ((start + np.arange(S + 1)) % V).astype(np.int32)
+        return Batch(ids[:, :-1], ids[:, 1:], np.ones((ROWS, S), np.float32))
+
+    @contextlib.contextmanager
+    def prefetch(self, start, stop):
+        def batches():
+            for step in range(start, stop):
+                if step == self.cut_at:
+                    raise RuntimeError("the power is cut")
+                time.sleep(self.read_seconds)
+                yield self.batch_at(step)
+
+        yield batches()
+
+    def fingerprint(self, step):
+        return f"{self.seed} from {step}"
+
+
+class MadeUpValidation:
+    """Two batches, the second of which counts only in part."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def batches(self, rows):
+        batch = MadeUpData(seed=self.seed).batch_at(0)
+        assert rows == ROWS
+        yield batch
+        yield batch.replace(loss_weights=np.float32(np.arange(S) < 2) * batch.loss_weights)
+
+
+VALIDATION = {"code": MadeUpValidation(7), "text": MadeUpValidation(8)}
+
+
+def run(run_dir, data=None, config=CONFIG, validation=VALIDATION, **options):
+    return train(config, run_dir, data or MadeUpData(), validation, NextToken(config), **options)
+
+
+def with_settings(section, **settings):
+    changed = dataclasses.replace(getattr(CONFIG, section), **settings)
+    return dataclasses.replace(CONFIG, **{section: changed})
+
+
+def bits(state):
+    leaves = jax.tree.leaves(jax.device_get(state))
+    return [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in leaves]
+
+
+def untimed(run_dir):
+    """The lines of metrics.jsonl without the fields that no two runs share."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of 12 steps, its last state, and what it printed."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    return run_dir, run(run_dir)
+
+
+@pytest.fixture(scope="module")
+def cut_off_once(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("cut_off")
+    with pytest.raises(RuntimeError, match="the power is cut"):
+        run(run_dir, MadeUpData(cut_at=10))
+    return run_dir
+
+
+@pytest.fixture
+def cut_off(cut_off_once, tmp_path):
+    """The same run, cut off in step 11: it has saved step 8 and logged beyond it."""
+    shutil.copytree(cut_off_once, tmp_path, dirs_exist_ok=True)
+    with Checkpointer(tmp_path, CONFIG.checkpoint, ROWS * S) as checkpoints:
+        assert checkpoints.steps() == [4, 8]
+    assert untimed(tmp_path)[-1]["step"] > 8
+    return tmp_path
+
+
+def test_every_line_has_its_fields(uninterrupted):
+    records = read_metrics(uninterrupted[0])
+    training = [r for r in records if "loss" in r]
+    evaluation = [r for r in records if "eval/loss" in r]
+    assert len(training) + len(evaluation) == len(records)
+    assert [r["step"] for r in training] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in evaluation] == [0, 5, 10, STEPS]
+    # A step's evaluation follows its own line.
+    assert [r["step"] for r in records] == sorted(r["step"] for r in records)
+    for record in training:
+        assert record.keys() == TRAINING_FIELDS
+        assert record["tokens_seen"] == record["step"] * ROWS * S
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["step_seconds"] > 0 and record["data_wait_seconds"] >= 0
+        assert record["tokens_per_second"] == pytest.approx(ROWS * S / record["step_seconds"])
+    assert [r["learning_rate"] for r in training[:3]] == pytest.approx([0.0, 0.005, 0.01])
+    assert training[0]["loss"] == pytest.approx(math.log(V), abs=0.6)
+    for record in evaluation:
+        losses = {"eval/code/loss", "eval/text/loss", "eval/loss"}
+        assert record.keys() == {"step", "tokens_seen"} | losses
+        assert record["tokens_seen"] == record["step"] * ROWS * S
+        mean = (record["eval/code/loss"] + 3 * record["eval/text/loss"]) / 4
+        assert record["eval/loss"] == pytest.approx(mean)
+    assert evaluation[-1]["eval/loss"] < evaluation[0]["eval/loss"] - 0.3
+
+
+def test_the_state_returned_is_the_state_saved(uninterrupted):
+    run_dir, state = uninterrupted
+    step, params = restore_params(run_dir)
+    assert step == int(state.step) == STEPS
+    assert bits(params) == bits(state.params)
+
+
+def test_lines_are_logged_every_k_steps_the_first_and_the_last(tmp_path, uninterrupted):
+    config = with_settings("logging", every_steps=5)
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=0))
+    state = run(tmp_path, config=config)
+    lines = untimed(tmp_path)
+    assert [r["step"] for r in lines if "loss" in r] == [1, 5, 10, 12]
+    assert [r["step"] for r in lines if "eval/loss" in r] == [0, 12]
+    # How often a run looks at itself does not change what it computes.
+    assert bits(state) == bits(uninterrupted[1])
+    assert all(line in untimed(uninterrupted[0]) for line in lines)
+
+
+def test_waiting_for_data_is_measured(tmp_path):
+    run(tmp_path, MadeUpData(read_seconds=0.03), with_settings("evaluation", every_steps=0), {})
+    records = read_metrics(tmp_path)
+    assert all("loss" in record for record in records)  # nothing was held out to evaluate on
+    # The wait for a step's batch may fall into the line before it, while that step still runs.
+    assert STEPS * 0.03 < sum(record["data_wait_seconds"] for record in records) < STEPS * 1
+    assert all(record["step_seconds"] >= record["data_wait_seconds"] for record in records)
+
+
+@pytest.mark.parametrize("resume", ["auto", "8", "4"])
+def test_a_resumed_run_is_the_uninterrupted_one(cut_off, uninterrupted, resume, capsys):
+    beyond = [line for line in untimed(cut_off) if line["step"] > int(resume.replace("auto", "8"))]
+    state = run(cut_off, resume=resume)
+    assert bits(state) == bits(uninterrupted[1])
+    assert untimed(cut_off) == untimed(uninterrupted[0])
+    assert f"resumed from step {resume.replace('auto', '8')}\n" in capsys.readouterr().out
+    discarded = (cut_off / "metrics.discarded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in discarded] == [line["step"] for line in beyond]
+
+
+def test_a_run_cut_off_before_its_first_save_starts_over(tmp_path, uninterrupted):
+    with pytest.raises(RuntimeError, match="the power is cut"):
+        run(tmp_path, MadeUpData(cut_at=3))
+    assert bits(run(tmp_path)) == bits(uninterrupted[1])
+    assert untimed(tmp_path) == untimed(uninterrupted[0])
+
+
+def test_never_refuses_over_a_run(cut_off):
+    before = (cut_off / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"never, but the run has checkpoints of \[4, 8\]"):
+        run(cut_off, resume="never")
+    assert (cut_off / "metrics.jsonl").read_bytes() == before
+
+
+def test_never_starts_an_empty_run(tmp_path, uninterrupted):
+    assert bits(run(tmp_path, resume="never")) == bits(uninterrupted[1])
+
+
+@pytest.mark.parametrize(
+    "resume, message",
+    [
+        ("7", r"step 7 of .*cannot be restored: there is no such step.*\[4, 8\]"),
+        ("newest", '--resume="newest" is not auto, never or the number of a step'),
+        ("-4", '--resume="-4" is not auto, never or the number of a step'),
+    ],
+)
+def test_a_step_that_is_not_there_is_refused(cut_off, resume, message):
+    before = (cut_off / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run(cut_off, resume=resume)
+    assert (cut_off / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_data_than_the_run_would_have_seen_is_refused(cut_off):
+    before = (cut_off / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="data after step 8 is not what the run would have seen"):
+        run(cut_off, MadeUpData(seed=1))
+    assert (cut_off / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_spent_budget_returns_at_once(uninterrupted, capsys):
+    run_dir, state = uninterrupted
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert bits(run(run_dir)) == bits(state)
+    assert "step 12 of 12: the token budget is spent" in capsys.readouterr().out
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_training_starts_from_imported_params(tmp_path, uninterrupted):
+    _, params = restore_params(uninterrupted[0])
+    save_params(tmp_path, params, {"source": "elsewhere"})
+    run(tmp_path)
+    first = next(line for line in untimed(tmp_path) if "eval/loss" in line)
+    trained = [line for line in untimed(uninterrupted[0]) if "eval/loss" in line][-1]
+    assert first["step"] == 0 and first["eval/loss"] == trained["eval/loss"]
+
+
+def test_a_last_step_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
+    attempts = []
+    monkeypatch.setattr(Checkpointer, "save", lambda self, step, *rest: attempts.append(step))
+    monkeypatch.setattr(Checkpointer, "wait", lambda self: False)
+    with pytest.raises(OSError, match=r"the last step, 12, could not be saved .* from step 0"):
+        run(tmp_path)
+    assert attempts == [4, 8, 12, 12]
