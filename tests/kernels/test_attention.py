@@ -24,6 +24,11 @@ def oracle(q, k, v, mask):
     return out
 
 
+def attention(q, k, v, **arguments):
+    """`api.attention`, jitted: op by op, compiling would take most of the suite's time."""
+    return jax.jit(lambda q, k, v: api.attention(q, k, v, **arguments))(q, k, v)
+
+
 def inputs(seed, B, S, T, N, K, H, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(seed), 3)
     q = jax.random.normal(keys[0], (B, S, N, H)).astype(dtype)
@@ -59,11 +64,7 @@ def test_causal_matches_float64(case, packed, implementation):
     if packed:
         starts = np.random.default_rng(S).random((B, S)) < 0.05
         segment_ids = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
-    out = jax.jit(
-        lambda q, k, v: api.attention(
-            q, k, v, segment_ids=segment_ids, implementation=implementation
-        )
-    )(q, k, v)
+    out = attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
     expected = oracle(q, k, v, causal_mask(B, S, S, segment_ids))
     np.testing.assert_allclose(np.asarray(out), expected, atol=3e-6)
 
@@ -104,7 +105,7 @@ def test_folded_covers_several_query_blocks():
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)])
 def test_low_precision_inputs(dtype, tolerance):
     q, k, v = inputs(4, 2, 64, 64, 4, 2, 32, dtype)
-    out = api.attention(q, k, v, implementation="reference")
+    out = attention(q, k, v, implementation="reference")
     assert out.dtype == dtype
     expected = oracle(q, k, v, causal_mask(2, 64, 64))
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=tolerance)
@@ -115,14 +116,14 @@ def test_decoding_rows_at_their_own_positions():
     q, k, v = inputs(5, B, S, T, N, K, H)
     lengths = jnp.array([2, 7, 10])
     q_positions = lengths[:, None] - S + jnp.arange(S)
-    out = api.attention(q, k, v, q_positions=q_positions, kv_lengths=lengths)
+    out = attention(q, k, v, q_positions=q_positions, kv_lengths=lengths)
     mask = np.arange(T)[None, None] <= np.asarray(q_positions)[:, :, None]
     np.testing.assert_allclose(np.asarray(out), oracle(q, k, v, mask), atol=3e-6)
 
 
 def test_kv_lengths_hide_unused_keys():
     q, k, v = inputs(6, 2, 3, 8, 2, 2, 16)
-    out = api.attention(q, k, v, causal=False, kv_lengths=jnp.array([5, 8]))
+    out = attention(q, k, v, causal=False, kv_lengths=jnp.array([5, 8]))
     mask = np.broadcast_to(np.arange(8) < np.array([[5], [8]]), (2, 8))[:, None]
     np.testing.assert_allclose(
         np.asarray(out), oracle(q, k, v, np.broadcast_to(mask, (2, 3, 8))), atol=3e-6
@@ -135,7 +136,7 @@ def test_a_query_without_keys_is_finite():
     def total(q, k, v):
         return jnp.sum(api.attention(q, k, v, causal=False, kv_lengths=jnp.array([0])))
 
-    value, gradients = jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+    value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
 
 

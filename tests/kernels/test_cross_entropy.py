@@ -53,7 +53,8 @@ def test_weighted_sum_equals_reference(chunk_tokens, z_loss):
         def objective(hidden, unembedding):
             return function(hidden, unembedding, targets, weights, z_loss=z_loss, **settings)
 
-        return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(hidden, unembedding)
+        run = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+        return run(hidden, unembedding)
 
     (value, reported), gradients = value_and_gradients(
         cross_entropy.weighted_sum, chunk_tokens=chunk_tokens
@@ -66,9 +67,9 @@ def test_weighted_sum_equals_reference(chunk_tokens, z_loss):
     for gradient, plain_gradient in zip(gradients, plain_gradients, strict=True):
         assert relative(gradient, plain_gradient) < 1e-6
     # Without differentiation another path runs.
-    undifferentiated = cross_entropy.weighted_sum(
-        hidden, unembedding, targets, weights, z_loss=z_loss, chunk_tokens=chunk_tokens
-    )
+    undifferentiated = jax.jit(
+        lambda *a: cross_entropy.weighted_sum(*a, z_loss=z_loss, chunk_tokens=chunk_tokens)
+    )(hidden, unembedding, targets, weights)
     assert relative(undifferentiated[0], plain) < 1e-6
     assert relative(undifferentiated[1], plain_reported) < 1e-6
 
@@ -92,7 +93,8 @@ def test_token_logps_equal_reference(chunk_tokens):
             logps = function(hidden, unembedding, targets, **settings)
             return jnp.sum(weights * logps**2), logps  # a different factor for each token
 
-        return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(hidden, unembedding)
+        run = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+        return run(hidden, unembedding)
 
     (_, logps), gradients = value_and_gradients(
         cross_entropy.token_logps, chunk_tokens=chunk_tokens

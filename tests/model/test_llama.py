@@ -21,7 +21,12 @@ TINY = ModelConfig(
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(Llama(TINY).init)(jax.random.key(0))
+    return Llama(TINY).init(jax.random.key(0))
+
+
+def apply(config, params, tokens, **arguments):
+    """`Llama.apply`, jitted: op by op, compiling would take most of the suite's time."""
+    return jax.jit(Llama(config).apply)(params, tokens, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -75,31 +80,30 @@ def test_params_are_float32_and_stacked(params):
 
 @pytest.mark.parametrize("implementation", ["reference", "folded"])
 def test_later_tokens_do_not_reach_earlier_ones(params, tokens, implementation):
-    model = Llama(dataclasses.replace(TINY, attention=implementation))
-    hidden, _ = model.apply(params, tokens)
-    changed, _ = model.apply(params, tokens.at[:, 12:].add(1) % TINY.vocab_size)
+    config = dataclasses.replace(TINY, attention=implementation)
+    hidden, _ = apply(config, params, tokens)
+    changed, _ = apply(config, params, tokens.at[:, 12:].add(1) % TINY.vocab_size)
     np.testing.assert_array_equal(hidden[:, :12], changed[:, :12])
     assert not np.array_equal(hidden[:, 12:], changed[:, 12:])
 
 
 @pytest.mark.parametrize("implementation", ["reference", "folded"])
 def test_packed_documents_are_as_if_alone(params, tokens, implementation):
-    model = Llama(dataclasses.replace(TINY, attention=implementation))
+    config = dataclasses.replace(TINY, attention=implementation)
     segment_ids = jnp.asarray([[0] * 7 + [1] * 13] * 3)
     positions = jnp.asarray([list(range(7)) + list(range(13))] * 3)
-    packed, _ = model.apply(params, tokens, positions=positions, segment_ids=segment_ids)
-    alone = [model.apply(params, part)[0] for part in (tokens[:, :7], tokens[:, 7:])]
+    packed, _ = apply(config, params, tokens, positions=positions, segment_ids=segment_ids)
+    alone = [apply(config, params, part)[0] for part in (tokens[:, :7], tokens[:, 7:])]
     np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=1e-5)
 
 
 def test_the_cache_changes_nothing(params, tokens):
     """Prefill in two pieces and single steps equal one pass without a cache."""
-    model = Llama(TINY)
-    whole, _ = model.apply(params, tokens)
+    whole, _ = apply(TINY, params, tokens)
     cache = KVCache.empty(TINY, 3, 24, jnp.float32)
     pieces = []
     for start, stop in [(0, 9), (9, 16), (16, 17), (17, 18), (18, 19), (19, 20)]:
-        hidden, cache = model.apply(params, tokens[:, start:stop], cache=cache)
+        hidden, cache = apply(TINY, params, tokens[:, start:stop], cache=cache)
         pieces.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, atol=1e-5)
     np.testing.assert_array_equal(cache.lengths, [20, 20, 20])
@@ -107,15 +111,14 @@ def test_the_cache_changes_nothing(params, tokens):
 
 def test_cache_rows_of_unequal_length(params, tokens):
     """Padded prefill, lengths set back to the true ones, then a step: each row is as if alone."""
-    model = Llama(TINY)
     lengths = jnp.array([3, 9, 6])
     cache = KVCache.empty(TINY, 3, 24, jnp.float32)
-    _, cache = model.apply(params, tokens[:, :9], cache=cache)
+    _, cache = apply(TINY, params, tokens[:, :9], cache=cache)
     cache = cache.replace(lengths=lengths)
     following = jnp.take_along_axis(tokens, lengths[:, None], axis=1)
-    hidden, _ = model.apply(params, following, cache=cache)
+    hidden, _ = apply(TINY, params, following, cache=cache)
     for row, length in enumerate([3, 9, 6]):
-        alone, _ = model.apply(params, tokens[row : row + 1, : length + 1])
+        alone, _ = apply(TINY, params, tokens[row : row + 1, : length + 1])
         np.testing.assert_allclose(hidden[row, 0], alone[0, -1], atol=1e-5)
 
 
@@ -129,10 +132,16 @@ def loss_and_gradients(config, params, tokens):
     return jax.jit(jax.value_and_grad(objective))(params)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
-@pytest.mark.parametrize("scan_unroll", [0, 1, 2])
-def test_remat_and_unrolling_change_no_gradient(params, tokens, remat, scan_unroll):
-    plain = loss_and_gradients(dataclasses.replace(TINY, attention="reference"), params, tokens)
+@pytest.fixture(scope="module")
+def plain(params, tokens):
+    return loss_and_gradients(dataclasses.replace(TINY, attention="reference"), params, tokens)
+
+
+@pytest.mark.parametrize(
+    "remat, scan_unroll",
+    [("none", 0), ("none", 1), ("dots", 1), ("attention", 2), ("full", 1)],
+)
+def test_remat_and_unrolling_change_no_gradient(params, tokens, plain, remat, scan_unroll):
     config = dataclasses.replace(TINY, remat=remat, scan_unroll=scan_unroll)
     value, gradients = loss_and_gradients(config, params, tokens)
     assert value == pytest.approx(float(plain[0]), rel=1e-5)
@@ -143,7 +152,9 @@ def test_remat_and_unrolling_change_no_gradient(params, tokens, remat, scan_unro
     )
 
 
-@pytest.mark.parametrize("implementation", ["reference", "folded"])
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("folded", marks=pytest.mark.slow)]
+)
 def test_remat_saves_what_its_policy_says(params, tokens, implementation):
     """Fewer saved names, less memory kept for the backward pass."""
 
@@ -163,10 +174,10 @@ def test_remat_saves_what_its_policy_says(params, tokens, implementation):
 
 def test_bfloat16_compute_keeps_float32_logits(params, tokens):
     model = Llama(dataclasses.replace(TINY, compute_dtype="bfloat16"))
-    hidden, _ = model.apply(params, tokens)
+    hidden, _ = apply(model.config, params, tokens)
     logits = model.logits(params, hidden)
     assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
-    exact_hidden, _ = Llama(TINY).apply(params, tokens)
+    exact_hidden, _ = apply(TINY, params, tokens)
     exact = Llama(TINY).logits(params, exact_hidden)
     assert np.std(logits - exact) < 0.03 * np.std(exact)
 

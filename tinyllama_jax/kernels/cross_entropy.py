@@ -85,9 +85,9 @@ def _weighted_sum_forward(x, unembedding, targets, weights, z_loss, chunk):
         dlogits = jnp.exp(logits - lse[:, None]) * scale[:, None]
         dlogits = (dlogits - jnp.where(hit, weights[:, None], 0)).astype(x.dtype)
         dx = jax.lax.dot_general(dlogits, matrix, (((1,), (1,)), ((), ())))
-        dmatrix += jax.lax.dot_general(
-            x, dlogits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        # Transposed apart: XLA:CPU runs a product that contracts axis 0 of both on one thread here.
+        xt = jax.lax.optimization_barrier(x.T)
+        dmatrix += jnp.matmul(xt, dlogits, preferred_element_type=jnp.float32)
         return (total, nll_total, dmatrix), dx
 
     zero = jnp.float32(0)

@@ -53,10 +53,9 @@ class Llama:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 params with TinyLlama's initialisation."""
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return _Transformer(self.config, self.compute_dtype).init(key, tokens, tokens, None, None)[
-            "params"
-        ]
+        module, token = _Transformer(self.config, self.compute_dtype), jnp.zeros((1, 1), jnp.int32)
+        # Jitted, since op by op each initialiser would be compiled on its own.
+        return jax.jit(lambda key: module.init(key, token, token, None, None)["params"])(key)
 
     def apply(
         self,
