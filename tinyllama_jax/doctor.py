@@ -9,7 +9,7 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from tinyllama_jax import door
@@ -41,4 +41,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: door.run(main, argv))
+    door.run_with_flags(main, needs_config=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from tinyllama_jax import door
@@ -80,5 +80,4 @@ def _show_sample(run_dir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(lambda argv: door.run(main, argv))
+    door.run_with_flags(main)
