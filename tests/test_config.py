@@ -1,0 +1,338 @@
+"""The settings: every shipped config, every rule, and what a mistake is answered with."""
+
+import ast
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tinyllama_jax.config import (
+    Config,
+    SourceConfig,
+    default_config,
+    differences,
+    freeze,
+    load_config_file,
+    source,
+    to_dict,
+    validate,
+)
+from tinyllama_jax.model.llama import parameter_count
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted((ROOT / "configs").glob("*.py"))
+# Devices that a config is written for, where that is not one.
+DEVICES = {"tinyllama_1b": 16}
+
+TINY = load_config_file(str(ROOT / "configs/tiny_debug.py"))
+BOOKS = SourceConfig(name="books", path="books/*.txt")
+
+
+def changed(config=TINY, **settings):
+    """The config with `section__field=value` set."""
+    for name, value in settings.items():
+        section, field = name.split("__")
+        part = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def file(request):
+    return request.param
+
+
+def test_shipped_configs_are_valid(file):
+    config = load_config_file(str(file))
+    validate(config, device_count=DEVICES.get(file.stem, 1))
+    assert config.data.sources
+    assert config.accumulation_steps(DEVICES.get(file.stem, 1)) >= 1
+
+
+def test_shipped_configs_survive_json(file):
+    config = load_config_file(str(file))
+    assert freeze(json.loads(json.dumps(to_dict(config)))) == config
+    assert hash(config) == hash(load_config_file(str(file)))
+
+
+def test_headers_give_command_and_hardware(file):
+    header = ast.get_docstring(ast.parse(file.read_text()))
+    assert f"Command:   python -m tinyllama_jax.train --config=configs/{file.name}" in header
+    assert "\nHardware:  " in header
+
+
+def test_tinyllama_1b_is_the_papers_run():
+    """The reference model and run (arXiv 2401.02385), value by value."""
+    config = load_config_file(str(ROOT / "configs/tinyllama_1b.py"))
+    expected = {
+        "model": {
+            "num_layers": 22, "d_model": 2048, "num_heads": 32, "num_kv_heads": 4, "head_dim": 64,
+            "d_ff": 5632, "norm_eps": 1e-5, "rope_theta": 10000.0, "tie_embeddings": False,
+            "vocab_size": 32000, "max_seq_len": 2048,
+        },
+        "data": {"seq_len": 2048, "document_mask": False},
+        "optimizer": {
+            "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
+            "weight_decay_rule": "all", "grad_clip_norm": 1.0, "learning_rate": 4e-4,
+            "min_learning_rate": 4e-5, "warmup_steps": 2000, "schedule": "cosine", "decay_steps": 0,
+        },
+        "training": {
+            "train_tokens": 3 * 10**12, "global_batch_tokens": 2_097_152, "micro_batch_size": 8,
+            "z_loss": 0.0,
+        },
+    }  # fmt: skip
+    tree = to_dict(config)
+    for section, values in expected.items():
+        assert {name: tree[section][name] for name in values} == values
+    weights = {entry.name: entry.weight for entry in config.data.sources}
+    assert weights == {"slimpajama": 0.693584, "starcoder": 0.306416}
+    assert parameter_count(config.model) == 1_100_048_384
+    assert config.total_steps == 1_430_512
+    assert config.batch_rows == 1024
+    # 16 GPUs with micro-batches of 8: each GPU runs 8 a step.
+    assert config.accumulation_steps(device_count=16) == 8
+
+
+def test_the_defaults_are_a_config_themselves():
+    assert freeze(default_config()) == Config()
+    assert freeze({}) == Config()
+
+
+def test_sources_are_sorted_by_name_and_come_back():
+    config = default_config()
+    config.data.sources.news = source(path="news/*.jsonl", weight=2, text_key="body")
+    config.data.sources.books = source(path="books/*.txt")
+    frozen = freeze(config)
+    assert frozen.data.sources == (
+        BOOKS,
+        SourceConfig(name="news", path="news/*.jsonl", weight=2.0, text_key="body"),
+    )
+    assert freeze(to_dict(frozen)) == frozen
+
+
+def test_a_frozen_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TINY.model.d_model = 1
+
+
+# One broken setting per rule, and words of the line that it is answered with.
+RULES = [
+    ({"model__num_layers": 0}, "model.num_layers = 0 must be greater than 0"),
+    ({"model__rope_theta": -1.0}, "model.rope_theta = -1.0 must be greater than 0"),
+    ({"model__scan_unroll": -1}, "model.scan_unroll = -1 must not be negative"),
+    ({"model__num_heads": 5}, "model.num_heads = 5 is not a multiple of model.num_kv_heads = 2"),
+    ({"model__head_dim": 15}, "model.head_dim = 15 is odd"),
+    ({"model__scan_unroll": 3}, "scan_unroll = 3 does not divide model.num_layers = 2; set a"),
+    ({"model__max_seq_len": 32}, "data.seq_len = 64 is longer than model.max_seq_len = 32"),
+    ({"model__compute_dtype": "fp16"}, 'compute_dtype = "fp16" is not one of auto, float32, bf'),
+    ({"model__remat": "some"}, 'model.remat = "some" is not one of none, dots, attention, full'),
+    ({"data__boundary": "nl"}, 'data.boundary = "nl" is not one of bos+eos, bos, eos'),
+    ({"data__seq_len": 0}, "data.seq_len = 0 must be greater than 0"),
+    (
+        {"optimizer__learning_rate": 0.0, "optimizer__min_learning_rate": 0.0},
+        "optimizer.learning_rate = 0.0 must be greater than 0",
+    ),
+    ({"optimizer__eps": 0.0}, "optimizer.eps = 0.0 must be greater than 0"),
+    ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay = -0.1 must not be negative"),
+    ({"optimizer__grad_clip_norm": -1.0}, "optimizer.grad_clip_norm = -1.0 must not be negative"),
+    ({"optimizer__beta1": 1.0}, "optimizer.beta1 = 1.0 must be in [0, 1)"),
+    ({"optimizer__beta2": -0.1}, "optimizer.beta2 = -0.1 must be in [0, 1)"),
+    (
+        {"optimizer__min_learning_rate": 0.1},
+        "min_learning_rate = 0.1 is above optimizer.learning_r",
+    ),
+    ({"optimizer__schedule": "step"}, 'optimizer.schedule = "step" is not one of cosine, linear'),
+    ({"optimizer__weight_decay_rule": "no"}, 'weight_decay_rule = "no" is not one of all, matri'),
+    ({"optimizer__warmup_steps": 50}, "warmup_steps = 50 does not end within the 50 steps"),
+    ({"optimizer__decay_steps": 46}, "warmup_steps + decay_steps = 51 is more than the 50 steps"),
+    ({"training__train_tokens": 0}, "training.train_tokens = 0 must be greater than 0"),
+    ({"training__micro_batch_size": 3}, "512 is not a multiple of the 192 tokens of one pass (mic"),
+    ({"training__micro_batch_size": 3}, "1 devices); the nearest that fits is 576"),
+    ({"training__z_loss": -1.0}, "training.z_loss = -1.0 must not be negative"),
+    ({"training__seed": -1}, "training.seed = -1 must not be negative"),
+    ({"evaluation__tokens": -1}, "evaluation.tokens = -1 must not be negative"),
+    ({"checkpoint__keep_last": 0}, "checkpoint.keep_last = 0 must be greater than 0"),
+    ({"checkpoint__milestone_tokens": -1}, "checkpoint.milestone_tokens = -1 must not be negati"),
+    ({"logging__every_steps": 0}, "logging.every_steps = 0 must be greater than 0"),
+    ({"sampling__top_p": 0.0}, "sampling.top_p = 0.0 must be greater than 0"),
+    ({"sampling__temperature": -1.0}, "sampling.temperature = -1.0 must not be negative"),
+]
+
+
+@pytest.mark.parametrize("settings, message", RULES, ids=lambda value: next(iter(value), None))
+def test_every_rule_has_its_line(settings, message):
+    validate(TINY)
+    with pytest.raises(ValueError) as caught:
+        validate(changed(**settings))
+    assert message in str(caught.value)
+    assert "the config has a problem:\n  - " in str(caught.value)  # and no second one
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"format": "csv"}, 'data.sources.books.format = "csv" is not one of auto, text'),
+        ({"path": ""}, "data.sources.books.path is empty: name the files to read"),
+        ({"weight": 0.0}, "data.sources.books.weight = 0.0 must be greater than 0; to leave a"),
+        ({"validation_fraction": 1.0}, "books.validation_fraction = 1.0 must be in [0, 1)"),
+        ({"name": "a/b"}, "data.sources.a/b: a source's name becomes a directory"),
+    ],
+)
+def test_every_rule_of_a_source_has_its_line(settings, message):
+    validate(changed(data__sources=(BOOKS,)))
+    with pytest.raises(ValueError) as caught:
+        validate(changed(data__sources=(dataclasses.replace(BOOKS, **settings),)))
+    assert message in str(caught.value)
+
+
+def test_a_batch_must_divide_over_the_devices():
+    validate(TINY, device_count=2)
+    with pytest.raises(ValueError, match=r"the 768 tokens of one pass .* 3 devices.* fits is 768"):
+        validate(TINY, device_count=3)
+
+
+def test_a_tokenizer_must_fit_the_vocabulary():
+    validate(TINY, tokenizer_vocab_size=4096)
+    with pytest.raises(ValueError, match=r"the tokenizer has 4097 pieces .* = 4097"):
+        validate(TINY, tokenizer_vocab_size=4097)
+
+
+def test_all_problems_are_raised_at_once():
+    broken = changed(model__head_dim=15, optimizer__beta1=2.0, data__boundary="?")
+    with pytest.raises(ValueError) as caught:
+        validate(broken, tokenizer_vocab_size=5000)
+    text = str(caught.value)
+    assert text.startswith("the config has 4 problems:\n")
+    for word in ("head_dim", "beta1", "boundary", "tokenizer"):
+        assert sum(word in line for line in text.splitlines()) == 1
+
+
+def test_unknown_keys_and_wrong_types_are_raised_at_once():
+    tree = {
+        "optimizer": {"learning_rat": 1.0, "beta1": "0.9"},
+        "modle": {},
+        "data": {"sources": {"books": {"path": "x", "wieght": 2.0}}, "seq_len": 1.5},
+        "training": {"seed": True},
+        "logging": {"tensorboard": 1},
+    }
+    with pytest.raises(ValueError) as caught:
+        freeze(tree)
+    assert str(caught.value).splitlines() == [
+        "the config has 7 problems:",
+        '  - config.optimizer.learning_rat is not a setting; did you mean "learning_rate"?',
+        "  - config.optimizer.beta1 = '0.9' is a str, not float",
+        '  - config.modle is not a setting; did you mean "model"?',
+        '  - config.data.sources.books.wieght is not a setting; did you mean "weight"?',
+        "  - config.data.seq_len = 1.5 is a float, not int",
+        "  - config.training.seed = True is a bool, not int",
+        "  - config.logging.tensorboard = 1 is a int, not bool",
+    ]
+
+
+def test_a_key_like_no_other_is_answered_with_all():
+    with pytest.raises(ValueError, match=r"config\.zzz is not a setting; known: model, data, opti"):
+        freeze({"zzz": 1})
+
+
+def test_numbers_may_be_written_naturally():
+    config = freeze({"training": {"train_tokens": 3e12}, "optimizer": {"weight_decay": 0}})
+    assert config.training.train_tokens == 3 * 10**12
+    assert isinstance(config.training.train_tokens, int)
+    assert isinstance(config.optimizer.weight_decay, float)
+
+
+def test_differences_tell_what_matters_from_what_does_not():
+    now = changed(
+        optimizer__learning_rate=0.5, model__scan_unroll=1, data__prepared="/elsewhere",
+        checkpoint__keep_last=7, data__sources=(BOOKS,),
+    )  # fmt: skip
+    matters, harmless = differences(TINY, now)
+    assert matters == [
+        "data.sources: code(code, weight 0.3), text(text, weight 0.7) "
+        "-> books(books/*.txt, weight 1)",
+        "optimizer.learning_rate: 0.01 -> 0.5",
+    ]
+    assert harmless == [
+        "model.scan_unroll: 0 -> 1",
+        "data.prepared: 'prepared' -> '/elsewhere'",
+        "checkpoint.keep_last: 2 -> 7",
+    ]
+    assert differences(TINY, TINY) == ([], [])
+
+
+def test_what_a_resumed_run_may_change():
+    """Whatever moves the mathematics or the order of the data is not among these."""
+    free = {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(Config)
+        for field in dataclasses.fields(getattr(TINY, section.name))
+        if field.metadata.get("may_change")
+    }
+    reporting = ("evaluation.", "checkpoint.", "logging.", "sampling.")
+    assert {name for name in free if not name.startswith(reporting)} == {
+        "model.compute_dtype", "model.attention", "model.remat", "model.scan_unroll",
+        "data.prepared", "training.micro_batch_size", "training.loss_chunk_tokens",
+    }  # fmt: skip
+
+
+def call_train(*flags, cwd=ROOT):
+    """What the train door answers; every call here ends before anything is trained."""
+    return subprocess.run(
+        [sys.executable, "-m", "tinyllama_jax.train", *flags],
+        cwd=cwd, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+DEBUG = "--config=configs/tiny_debug.py"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            [DEBUG, "--config.optimizer.learning_rat=1"],
+            'error: --config.optimizer.learning_rat=1: "learning_rat" is not a setting of the '
+            'config. Did you mean "learning_rate" instead of "learning_rat"?\n',
+        ),
+        (
+            [DEBUG, "--config.optimzer.learning_rate=1"],
+            'error: --config.optimzer.learning_rate=1: "optimzer" is not a setting of the config. '
+            'Did you mean "optimizer" instead of "optimzer"?\n',
+        ),
+        (
+            [DEBUG, "--config.optimizer.learning_rate=fast"],
+            "error: flag --config.optimizer.learning_rate=fast: could not convert string to float: "
+            "'fast'; --helpshort lists the flags\n",
+        ),
+        (
+            [DEBUG, "--learning_rate=1"],
+            "error: Unknown command line flag 'learning_rate'; settings are given as "
+            "--config.SECTION.SETTING=VALUE\n",
+        ),
+        (
+            [],
+            "error: no --config: name the file that holds the settings, for example "
+            "--config=configs/quickstart.py\n",
+        ),
+    ],
+    ids=["setting", "section", "type", "flag", "no config"],
+)
+def test_a_mistake_on_the_command_line_is_one_line(flags, message):
+    answer = call_train(*flags)
+    assert (answer.stderr, answer.stdout, answer.returncode) == (message, "", 1)
+
+
+def test_the_command_line_overrides_the_file_and_is_validated(tmp_path):
+    answer = call_train(
+        DEBUG, "--config.optimizer.learning_rate=3e-4", "--config.model.head_dim=15",
+        "--config.data.sources.text.weight=0", f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert answer.returncode == 1
+    assert "the config has 3 problems:" in answer.stderr
+    assert "model.head_dim = 15 is odd" in answer.stderr
+    assert "min_learning_rate = 0.001 is above optimizer.learning_rate = 0.0003" in answer.stderr
+    assert "data.sources.text.weight = 0.0 must be greater than 0" in answer.stderr
+    assert not (tmp_path / "run").exists()
