@@ -336,3 +336,13 @@ def test_the_command_line_overrides_the_file_and_is_validated(tmp_path):
     assert "min_learning_rate = 0.001 is above optimizer.learning_rate = 0.0003" in answer.stderr
     assert "data.sources.text.weight = 0.0 must be greater than 0" in answer.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_without_sources_is_refused(tmp_path):
+    file = tmp_path / "no_sources.py"
+    file.write_text("from tinyllama_jax.config import default_config as get_config\n")
+    answer = call_train(
+        f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.model.num_layers=1"
+    )
+    assert answer.returncode == 1
+    assert "error: data.sources is empty, so there is no text to learn from" in answer.stderr

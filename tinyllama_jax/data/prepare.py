@@ -72,11 +72,16 @@ def prepare_sources(
       The directory of each source by its name; `train/` and `validation/` in it have a manifest.
 
     Raises:
-      ValueError: a source is missing, empty or malformed, the tokenizer cannot mark documents, or
-        there is more to do than `max_bytes`.
+      ValueError: a source is missing, empty or malformed, there is none at all, the tokenizer
+        cannot mark documents, or there is more to do than `max_bytes`.
       OSError: the disk is full or failed. What was finished stays, and the next call continues.
       RuntimeError: a worker died.
     """
+    if not data.sources:
+        raise ValueError(
+            "data.sources is empty, so there is no text to learn from; add a source to the config "
+            'file: config.data.sources.NAME = source(path="FILES")'
+        )
     tokenizer = Tokenizer(data.tokenizer)
     _require_boundary_ids(data.boundary, tokenizer)
     plans = [_plan(source, data, tokenizer) for source in data.sources]
