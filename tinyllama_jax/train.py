@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
         curves.write_loss_picture(run_dir)
     print(f"\nthe loss curve: {run_dir / 'loss.png'}")
     _show_sample(run_dir)
-    print(f'next: python -m tinyllama_jax.generate {run_dir} --prompt "class "')
+    print(f'next: python -m tinyllama_jax.generate {run_dir} --prompt "Return the "')
 
 
 def _show_sample(run_dir: pathlib.Path) -> None:
