@@ -150,7 +150,8 @@ def write(
     import safetensors.numpy
 
     plan = list(_plan(shapes, dtype.itemsize, max_shard_bytes))
-    weight_map, paths = {}, []
+    weight_map: dict[str, str] = {}
+    paths = []
     for number, names in enumerate(plan, start=1):
         file = SINGLE if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
         tensors = {name: _cast(name, tensor(name), dtype) for name in names}

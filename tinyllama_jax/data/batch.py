@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import flax.struct
-import jax
-import numpy as np
+from typing import Any
 
-Array = jax.Array | np.ndarray
+import flax.struct
+
+Array = Any  # np.ndarray on the host, jax.Array in the step
 
 
 @flax.struct.dataclass

@@ -197,7 +197,8 @@ def _run(
 
 def _finish(plan: _Plan, data: DataConfig, tokenizer: Tokenizer) -> None:
     """Writes the manifests from the records of the units, and says what was met."""
-    records = [read_record(unit) for unit in plan.units]
+    records = [record for unit in plan.units if (record := read_record(unit)) is not None]
+    assert len(records) == len(plan.units), plan.directory
     tally = Tally()
     for record in records:
         tally.add(record.tally)

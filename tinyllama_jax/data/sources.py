@@ -170,13 +170,13 @@ def _find_files(source: SourceConfig) -> tuple[pathlib.Path, list[pathlib.Path]]
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
-        root, found = path, path.rglob("*")
+        root, found = path, list(path.rglob("*"))
     elif glob.has_magic(source.path):
         fixed = [part for part in path.parts if not glob.has_magic(part)]
         root = pathlib.Path(*path.parts[: len(fixed)]) if path.parts else path
         while not root.is_dir():
             root = root.parent
-        found = map(pathlib.Path, glob.glob(str(path), recursive=True))
+        found = [pathlib.Path(name) for name in glob.glob(str(path), recursive=True)]
     else:
         raise ValueError(f"{where} does not exist; set it to a file, a directory or a glob")
     files = [f for f in found if f.is_file() and not _hidden(f.relative_to(root))]

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from tinyllama_jax.data.units import Advance, Unit, write_unit
 from tinyllama_jax.text.tokenizer import Tokenizer
@@ -90,6 +90,7 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         self._thread.join()
+        assert self._process.stdout is not None  # both ends are pipes
         self._process.stdout.close()
 
     def _serve(
@@ -99,6 +100,7 @@ class _Worker:
         answers: queue.SimpleQueue[tuple],
     ) -> None:
         units, answered = self._process.stdin, self._process.stdout
+        assert units is not None and answered is not None  # both ends are pipes
         try:
             _send(units, model_proto)
             while True:
@@ -119,12 +121,12 @@ class _Worker:
             answers.put((_FAILED, error))
 
 
-def _send(pipe: BinaryIO, value: Any) -> None:
+def _send(pipe: IO[bytes], value: Any) -> None:
     pickle.dump(value, pipe)
     pipe.flush()
 
 
-def _work(units: BinaryIO, answers: BinaryIO) -> None:
+def _work(units: IO[bytes], answers: IO[bytes]) -> None:
     """A worker's life: units in, progress and outcome out."""
     try:
         tokenizer = Tokenizer.from_bytes(pickle.load(units))
@@ -154,7 +156,7 @@ def _outcome(unit: Unit, tokenizer: Tokenizer, report: _Report) -> tuple:
 class _Report:
     """Collects progress, so that an answer is sent a few times a second only."""
 
-    def __init__(self, answers: BinaryIO):
+    def __init__(self, answers: IO[bytes]):
         self._answers = answers
         self._bytes = self._tokens = 0
         self._sent = time.monotonic()

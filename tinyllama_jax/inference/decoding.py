@@ -100,15 +100,17 @@ def _prefill(
     is never attended to and later overwritten.
     """
     B, S = tokens.shape
-    cache = KVCache.empty(model.config, B, capacity, model.compute_dtype)
-    hidden, cache = model.apply(params, tokens, cache=cache)
+    empty = KVCache.empty(model.config, B, capacity, model.compute_dtype)
+    hidden, cache = model.apply(params, tokens, cache=empty)
+    assert cache is not None  # since one was given
     last = hidden[jnp.arange(B), lengths - 1]  # (B, D)
     seen = None
     if sampling.repetition_penalty != 1:
         padding = jnp.arange(S) >= lengths[:, None]
         seen = _mark(jnp.zeros((B, model.config.vocab_size), bool),
                      jnp.where(padding, model.config.vocab_size, tokens))  # fmt: skip
-    state = _State(cache.replace(lengths=lengths), tokens[:, 0], keys, jnp.zeros(B, int), seen)
+    cache = dataclasses.replace(cache, lengths=lengths)
+    state = _State(cache, tokens[:, 0], keys, jnp.zeros(B, int), seen)
     state = _next(model, params, state, last, sampling)
     return state, state.tokens[None]
 
@@ -121,7 +123,9 @@ def _decode(
 
     def step(state: _State, _):
         hidden, cache = model.apply(params, state.tokens[:, None], cache=state.cache)
-        state = _next(model, params, state.replace(cache=cache), hidden[:, 0], sampling)
+        assert cache is not None  # since one was given
+        state = dataclasses.replace(state, cache=cache)
+        state = _next(model, params, state, hidden[:, 0], sampling)
         return state, state.tokens
 
     return jax.lax.scan(step, state, length=_STEPS)
@@ -134,7 +138,7 @@ def _next(
     logits = model.logits(params, hidden)
     tokens = sample(logits, sampling, state.keys, state.drawn, state.seen)
     seen = None if state.seen is None else _mark(state.seen, tokens[:, None])
-    return state.replace(tokens=tokens, drawn=state.drawn + 1, seen=seen)
+    return dataclasses.replace(state, tokens=tokens, drawn=state.drawn + 1, seen=seen)
 
 
 def _mark(seen: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -85,9 +85,9 @@ class Llama:
         if positions is None:
             start = 0 if cache is None else cache.lengths[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(S), (B, S))
-        return _Transformer(self.config, self.compute_dtype).apply(
-            {"params": params}, tokens, positions, segment_ids, cache
-        )
+        module = _Transformer(self.config, self.compute_dtype)
+        result: Any = module.apply({"params": params}, tokens, positions, segment_ids, cache)
+        return result
 
     def unembed(self, params: Params) -> jax.Array:
         """The output matrix `(D, V)`."""
@@ -124,7 +124,7 @@ class _Transformer(nn.Module):
         x, kv = layers(c, name="layers")(x, kv, lengths, angles, segment_ids)
         x = rms_norm(x, self.param("final_norm", nn.initializers.ones, (c.d_model,)), c.norm_eps)
         if cache is not None:
-            cache = KVCache(*kv, lengths=cache.lengths + tokens.shape[1])
+            cache = KVCache(kv[0], kv[1], cache.lengths + tokens.shape[1])
         return x, cache
 
 

@@ -32,7 +32,7 @@ class RunLock:
 
     def __init__(self, run_dir: Path):
         self._path = Path(run_dir) / LOCK
-        self._entry = {
+        self._entry: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process_start": _process_start(os.getpid()),

@@ -183,7 +183,8 @@ def _move_lines(run_dir: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     if not path.is_file():
         return
     *lines, torn = path.read_bytes().split(b"\n")
-    kept, discarded = [], []
+    kept: list[bytes] = []
+    discarded: list[bytes] = []
     for line in lines:
         record = _decoded(line)
         (kept if record is not None and keep(record) else discarded).append(line)

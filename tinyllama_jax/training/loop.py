@@ -94,7 +94,7 @@ def train(
             return state
 
         began = time.perf_counter()
-        step_fn = step_fn.lower(state, data.batch_at(start)).compile()
+        compiled_step = step_fn.lower(state, data.batch_at(start)).compile()
         print(f"compiled the train step in {time.perf_counter() - began:.1f} s", flush=True)
 
         timer = StepTimer(config)
@@ -122,7 +122,7 @@ def train(
             for step in range(start + 1, total_steps + 1):
                 with timer.waiting_for_data():
                     batch = next(batches)
-                state, metrics = step_fn(state, batch)
+                state, metrics = compiled_step(state, batch)
                 # One step is always queued behind the one that runs, so the device never waits
                 # for the host, and the host never runs further ahead.
                 if in_flight is not None:

@@ -52,7 +52,7 @@ def make_train_step(
     loss_fn: LossFunction,
     optimizer: optax.GradientTransformation,
     config: Config,
-) -> Callable[..., tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """Builds `step(state, batch, frozen=None) -> (state, metrics)`, jitted, with state donated.
 
     The batch is cut into micro-batches of `training.micro_batch_size` rows, whose gradients are
