@@ -20,6 +20,7 @@ from tinyllama_jax.config import (
     to_dict,
     validate,
 )
+from tinyllama_jax.kernels.attention.api import IMPLEMENTATIONS
 from tinyllama_jax.model.llama import parameter_count
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -128,6 +129,10 @@ RULES = [
     ({"model__scan_unroll": 3}, "scan_unroll = 3 does not divide model.num_layers = 2; set a"),
     ({"model__max_seq_len": 32}, "data.seq_len = 64 is longer than model.max_seq_len = 32"),
     ({"model__compute_dtype": "fp16"}, 'compute_dtype = "fp16" is not one of auto, float32, bf'),
+    (
+        {"model__attention": "fast"},
+        f'model.attention = "fast" is not one of {", ".join(IMPLEMENTATIONS)}',
+    ),
     ({"model__remat": "some"}, 'model.remat = "some" is not one of none, dots, attention, full'),
     ({"data__boundary": "nl"}, 'data.boundary = "nl" is not one of bos+eos, bos, eos'),
     ({"data__seq_len": 0}, "data.seq_len = 0 must be greater than 0"),

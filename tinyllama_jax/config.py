@@ -290,6 +290,7 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
     positive("sampling", config.sampling, "top_p", "repetition_penalty")
     not_negative("sampling", config.sampling, "max_new_tokens", "temperature", "top_k", "min_p")
     one_of("model.compute_dtype", m.compute_dtype, ("auto", "float32", "bfloat16"))
+    one_of("model.attention", m.attention, ("auto", "reference", "folded"))
     one_of("model.remat", m.remat, ("none", "dots", "attention", "full"))
     one_of("data.boundary", d.boundary, ("bos+eos", "bos", "eos"))
     one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "wsd"))

@@ -119,7 +119,8 @@ class _Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
-            unroll=c.scan_unroll or c.num_layers,
+            # Unrolled, the initialisers of every layer would be compiled: the same values, later.
+            unroll=1 if self.is_initializing() else c.scan_unroll or c.num_layers,
         )
         x, kv = layers(c, name="layers")(x, kv, lengths, angles, segment_ids)
         x = rms_norm(x, self.param("final_norm", nn.initializers.ones, (c.d_model,)), c.norm_eps)
