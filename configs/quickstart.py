@@ -18,7 +18,7 @@ def get_config():
     config.data.sources.code = source(format="embedded", path="code", weight=0.3)
     config.data.seq_len = 256
     config.optimizer.update(learning_rate=8e-3, min_learning_rate=8e-4, warmup_steps=50)
-    config.training.update(train_tokens=1024 * 600, global_batch_tokens=1024, micro_batch_size=4)
+    config.training.update(train_tokens=1024 * 500, global_batch_tokens=1024, micro_batch_size=4)
     config.evaluation.update(every_steps=100, tokens=32_768)
     config.checkpoint.update(every_steps=200, keep_last=2)
     config.logging.every_steps = 5
