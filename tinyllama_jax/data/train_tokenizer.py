@@ -82,10 +82,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a SentencePiece model on raw text.")
     parser.add_argument("--out", required=True, help="where the .model file goes")
     parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--path", nargs="+", default=["code", "text"], help="data.sources.*.path")
-    parser.add_argument("--format", default="embedded", help="data.sources.*.format")
+    parser.add_argument("--path", nargs="+", help="data.sources.*.path; default: embedded corpus")
+    parser.add_argument("--format", default="auto", help="data.sources.*.format")
     parser.add_argument("--text_key", default="text", help="data.sources.*.text_key")
     flags = parser.parse_args()
+    if flags.path is None:
+        flags.path, flags.format = ["code", "text"], "embedded"
 
     sources = [
         SourceConfig(path=path, format=flags.format, text_key=flags.text_key) for path in flags.path
