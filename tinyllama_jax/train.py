@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     with RunLock(run_dir) as lock:
         directory.check_same_run(run_dir, config)
         directory.record_environment(run_dir)
-        (run_dir / "tokenizer.model").write_bytes(tokenizer.model_proto)
+        directory.keep_tokenizer(run_dir, tokenizer.model_proto)
 
         prepared = prepare_sources(config.data, max_bytes=_PREPARE_BYTES)
         datasets = open_datasets(config, prepared, tokenizer.sha256)

@@ -13,6 +13,7 @@ from tinyllama_jax.runs.directory import (
     CONFIG,
     ENVIRONMENT,
     check_same_run,
+    keep_tokenizer,
     read_config,
     record_environment,
     resolve_run,
@@ -53,8 +54,34 @@ def test_the_same_config_goes_on(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def log_a_step(run_dir):
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+
+
+def test_a_start_that_made_nothing_binds_nobody(tmp_path):
+    """Where the first start failed, on a misspelt path say, the mended config is the run's."""
+    check_same_run(tmp_path, CONFIGURED)
+    mended = with_settings(CONFIGURED, "data", sources=(SourceConfig("books", "book/*.txt"),))
+    check_same_run(tmp_path, mended)
+    assert read_config(tmp_path) == mended
+    log_a_step(tmp_path)
+    with pytest.raises(ValueError, match="was started with other settings"):
+        check_same_run(tmp_path, CONFIGURED)
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    keep_tokenizer(tmp_path, b"first")
+    keep_tokenizer(tmp_path, b"second")  # nothing was made with the first
+    log_a_step(tmp_path)
+    keep_tokenizer(tmp_path, b"second")
+    with pytest.raises(ValueError, match="is not the tokenizer that data"):
+        keep_tokenizer(tmp_path, b"third")
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"second"
+
+
 def test_what_matters_refuses_with_every_difference(tmp_path):
     check_same_run(tmp_path, CONFIGURED)
+    log_a_step(tmp_path)
     before = (tmp_path / CONFIG).read_bytes()
     changed = with_settings(CONFIGURED, "optimizer", learning_rate=1.0)
     changed = with_settings(changed, "model", d_model=64)
@@ -68,6 +95,7 @@ def test_what_matters_refuses_with_every_difference(tmp_path):
 
 def test_what_may_change_is_printed_and_kept(tmp_path, capsys):
     check_same_run(tmp_path, CONFIGURED)
+    log_a_step(tmp_path)
     changed = with_settings(CONFIGURED, "logging", every_steps=3)
     check_same_run(tmp_path, changed)
     assert "logging.every_steps: 10 -> 3" in capsys.readouterr().out

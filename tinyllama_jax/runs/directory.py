@@ -18,9 +18,11 @@ import jax
 
 from tinyllama_jax.config import Config, differences, freeze, to_dict
 from tinyllama_jax.runs.integrity import write_durably
+from tinyllama_jax.runs.metrics import METRICS
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
+TOKENIZER = "tokenizer.model"
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -83,13 +85,14 @@ def check_same_run(run_dir: Path, config: Config) -> None:
     """Makes a run directory belong to `config`: writes config.json, or compares it.
 
     Settings that a run may change are printed and overwritten. A run that holds only imported
-    params is bound by their model alone: it gets its other settings here.
+    params is bound by their model alone: it gets its other settings here. So does a run that has
+    logged and saved nothing, since a start that failed (a path misspelt, say) made nothing.
 
     Raises:
       ValueError: the run was started with settings that compute something else, one line each.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / CONFIG).exists():
+    if not (run_dir / CONFIG).exists() or not _has_begun(run_dir):
         if any((run_dir / "checkpoints").glob("[0-9]*")):
             raise ValueError(
                 f"{run_dir} has checkpoints but no {CONFIG}, so nobody can tell what made them; "
@@ -111,6 +114,27 @@ def check_same_run(run_dir: Path, config: Config) -> None:
         print(f"settings changed since {run_dir} was started: {'; '.join(harmless)}", flush=True)
     if harmless or imported:
         write_config(run_dir, config)
+
+
+def _has_begun(run_dir: Path) -> bool:
+    metrics = run_dir / METRICS
+    logged = metrics.is_file() and metrics.stat().st_size > 0
+    return logged or any((run_dir / "checkpoints").glob("[0-9]*"))
+
+
+def keep_tokenizer(run_dir: Path, model_proto: bytes) -> None:
+    """Puts the tokenizer that the run's ids mean into the run.
+
+    Raises:
+      ValueError: the run has begun with another one.
+    """
+    path = Path(run_dir) / TOKENIZER
+    if _has_begun(run_dir) and path.is_file() and path.read_bytes() != model_proto:
+        raise ValueError(
+            f"{path} is not the tokenizer that data.tokenizer names now: the model's ids would "
+            "mean other text; set data.tokenizer to the former, or name another --workdir"
+        )
+    write_durably(path, model_proto)
 
 
 def _holds_only_imported_params(run_dir: Path) -> bool:
