@@ -54,6 +54,7 @@ class SourceConfig:
     path: str = ""  # a file, a directory or a glob; tfds:NAME; for format "embedded": code or text
     format: str = "auto"  # auto (by file ending), text, jsonl, parquet, tfds, embedded
     text_key: str = "text"  # the column or JSON key that holds the document
+    separator: str = ""  # plain text: what stands between documents; "": a file is a document
     weight: float = 1.0  # share of the training tokens, relative to the other sources
     validation_fraction: float = 0.005  # of the documents, chosen by hash; embedded: by module
 

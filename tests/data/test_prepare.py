@@ -230,6 +230,7 @@ def test_the_directory_follows_everything_that_changes_the_bytes(small, tmp_path
         name(base),
         name(of_source(path=str(copy))),
         name(of_source(text_key="body")),
+        name(of_source(separator="--")),
         name(of_source(validation_fraction=0.2)),
         name(of_source(path=str(small / "part-0[01].jsonl"))),
         name(dataclasses.replace(base, boundary="eos")),

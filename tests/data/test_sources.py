@@ -9,6 +9,7 @@ import textwrap
 import pytest
 
 from tinyllama_jax.config import SourceConfig
+from tinyllama_jax.data import formats
 from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -100,6 +101,41 @@ def test_the_embedded_corpus_has_two_parts(tmp_path):
 def test_a_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("first\n\nsecond\n")
     assert texts(tmp_path) == ["first\n\nsecond\n"]
+
+
+@pytest.mark.parametrize(
+    ("content", "separator", "expected"),
+    [
+        # As TinyStories comes.
+        (
+            "one\n<|endoftext|>\ntwo\n\nmore\n<|endoftext|>\n",
+            "<|endoftext|>",
+            ["one", "two\n\nmore"],
+        ),
+        ("one<|endoftext|>two", "<|endoftext|>", ["one", "two"]),
+        ("one\r\n\r\ntwo\r\nmore\r\n\r\n\r\nthree\r\n", "\n\n", ["one", "two\nmore", "three"]),
+        ("  one <|end\n<|endoftext|>two", "<|endoftext|>", ["  one <|end", "two"]),
+        ("no separator\n", "<|endoftext|>", ["no separator"]),
+    ],
+)
+def test_a_separator_stands_between_the_documents_of_a_file(
+    tmp_path, content, separator, expected, monkeypatch
+):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    for chunk in (1, 2, 3, 5, 1 << 20):  # wherever a separator or a line end is cut
+        monkeypatch.setattr(formats, "_CHUNK_BYTES", chunk)
+        assert texts(tmp_path, separator=separator) == expected
+
+
+def test_separated_documents_are_numbered_and_held_out_each_for_itself(tmp_path):
+    documents = [f"tale {i} " * 100 for i in range(1000)]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join([*documents, "", " "]))
+    source = SourceConfig(path=str(tmp_path), separator="<|endoftext|>", validation_fraction=0.1)
+    tally = Tally()
+    found = list(read_documents(source, list_inputs(source)[0], tally))
+    assert [(d.record, d.text) for d in found] == list(enumerate(documents))
+    assert 50 < sum(d.validation for d in found) < 200
+    assert sum(tally.skipped.values()) == 2
 
 
 def test_line_ends_and_byte_order_mark_belong_to_the_file(tmp_path):

@@ -26,22 +26,29 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _INVALID_UTF8 = "documents with bytes that are not UTF-8"
 
 
-def read_text(path: str, repaired: Repaired, advance: Advance) -> str:
-    """The whole of a plain text file, its line ends as LF, without byte-order mark."""
-    content = b"".join(_chunks(path, advance))
-    if content.startswith(_UTF16_MARKS):
-        raise ValueError(
-            f"{path} is UTF-16 text, which would be read as noise; "
-            f"convert it with iconv -f UTF-16 -t UTF-8"
-        )
-    return _decode(content.removeprefix(_UTF8_MARK), repaired).replace("\r\n", "\n")
+def read_text(
+    path: str, separator: str, repaired: Repaired, advance: Advance
+) -> Iterator[tuple[int, str]]:
+    """Number and text of each document of a plain text file, without byte-order mark.
+
+    Line ends become LF. `separator` stands between documents, and one line end on either side of it
+    belongs to it, not to them, as does one at the end of the file; "": the file is one document.
+    """
+    content = _lf_only(_without_mark(path, _chunks(path, advance)))
+    if not separator:
+        yield 0, _decode(b"".join(content), repaired)
+        return
+    for number, part in enumerate(_split(content, separator.encode())):
+        if number:
+            part = part.removeprefix(b"\n")
+        yield number, _decode(part.removesuffix(b"\n"), repaired)
 
 
 def read_jsonl(
     path: str, text_key: str, repaired: Repaired, advance: Advance
 ) -> Iterator[tuple[int, str]]:
     """Line number, from 0, and text of each line that is not blank."""
-    for number, line in enumerate(_lines(_chunks(path, advance))):
+    for number, line in enumerate(_split(_chunks(path, advance), b"\n")):
         where = f"{path}:{number + 1}"
         if number == 0:
             line = line.removeprefix(_UTF8_MARK)
@@ -157,18 +164,52 @@ def _no_such_key(where: str, text_key: str, keys: list[str]) -> ValueError:
     )
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their LF; a line as long as the file costs one copy of it."""
+def _split(chunks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
+    """What stands between separators; a part as long as the file costs one copy of it."""
     parts: list[bytes] = []
+    held = b""  # may begin a separator that goes on in the next chunk
     for chunk in chunks:
-        *ended, rest = chunk.split(b"\n")
-        for line in ended:
-            parts.append(line)
+        *ended, rest = (held + chunk).split(separator)
+        for part in ended:
+            parts.append(part)
             yield b"".join(parts)
             parts.clear()
-        parts.append(rest)
-    if last := b"".join(parts):
+        keep = _overlap(rest, separator)
+        held = rest[len(rest) - keep :]
+        parts.append(rest[: len(rest) - keep])
+    if last := b"".join([*parts, held]):
         yield last
+
+
+def _overlap(content: bytes, separator: bytes) -> int:
+    """Length of the longest end of content that begins a separator."""
+    longest = min(len(content), len(separator) - 1)
+    return next((n for n in range(longest, 0, -1) if content.endswith(separator[:n])), 0)
+
+
+def _lf_only(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same with LF for each CRLF."""
+    held = b""  # a CR whose LF may come in the next chunk
+    for chunk in chunks:
+        content = (held + chunk).replace(b"\r\n", b"\n")
+        held = b"\r" if content.endswith(b"\r") else b""
+        yield content.removesuffix(held)
+    yield held
+
+
+def _without_mark(path: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    first = b""
+    for chunk in chunks:
+        first += chunk
+        if len(first) >= len(_UTF8_MARK):
+            break
+    if first.startswith(_UTF16_MARKS):
+        raise ValueError(
+            f"{path} is UTF-16 text, which would be read as noise; "
+            f"convert it with iconv -f UTF-16 -t UTF-8"
+        )
+    yield first.removeprefix(_UTF8_MARK)
+    yield from chunks
 
 
 def _chunks(path: str, advance: Advance) -> Iterator[bytes]:

@@ -167,6 +167,7 @@ def _identity(
         "format": inputs[0].format,
         "part": source.path if source.format == "embedded" else "",
         "text_key": source.text_key,
+        "separator": source.separator,
         "validation_fraction": source.validation_fraction,
         "inputs": len(inputs),
         "inputs_sha256": names.hexdigest(),

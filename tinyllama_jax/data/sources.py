@@ -35,8 +35,8 @@ _TFDS = "tfds:"
 _TFDS_ROWS = 1 << 16  # rows of a TFDS data set that count as one input
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
-# A plain text file is one document, so a source of few files might have none to hold out. From
-# this size on, the last part of each file is held out instead.
+# Without a separator a plain text file is one document, so a source of few files might have none to
+# hold out. From this size on, the last part of each file is held out instead.
 _TAIL_HOLDOUT_CHARS = 1 << 18
 
 
@@ -129,13 +129,14 @@ def _read(
             yield record, document.text, document.validation
         advance(entry.bytes)
     elif entry.format == "text":
-        text = formats.read_text(entry.path, tally.repaired, advance)
-        tail = _tail_start(text, source.validation_fraction)
-        if tail:
-            yield 0, text[:tail], False
-            yield 0, text[tail:], True
-        else:
-            yield 0, text, None
+        documents = formats.read_text(entry.path, source.separator, tally.repaired, advance)
+        for record, text in documents:
+            tail = 0 if source.separator else _tail_start(text, source.validation_fraction)
+            if tail:
+                yield record, text[:tail], False
+                yield record, text[tail:], True
+            else:
+                yield record, text, None
     else:
         if entry.format == "jsonl":
             records = formats.read_jsonl(entry.path, source.text_key, tally.repaired, advance)

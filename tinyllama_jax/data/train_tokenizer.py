@@ -85,12 +85,16 @@ def main() -> None:
     parser.add_argument("--path", nargs="+", help="data.sources.*.path; default: embedded corpus")
     parser.add_argument("--format", default="auto", help="data.sources.*.format")
     parser.add_argument("--text_key", default="text", help="data.sources.*.text_key")
+    parser.add_argument("--separator", default="", help="data.sources.*.separator")
     flags = parser.parse_args()
     if flags.path is None:
         flags.path, flags.format = ["code", "text"], "embedded"
 
     sources = [
-        SourceConfig(path=path, format=flags.format, text_key=flags.text_key) for path in flags.path
+        SourceConfig(
+            path=path, format=flags.format, text_key=flags.text_key, separator=flags.separator
+        )
+        for path in flags.path
     ]
     texts = (text for source in sources for text in _training_texts(source))
     model = train_tokenizer(texts, flags.vocab_size)
