@@ -18,8 +18,8 @@ from tinyllama_jax.config import (
     load_config_file,
     source,
     to_dict,
-    validate,
 )
+from tinyllama_jax.config_rules import validate
 from tinyllama_jax.kernels.attention.api import IMPLEMENTATIONS
 from tinyllama_jax.model.llama import parameter_count
 
@@ -162,7 +162,9 @@ RULES = [
     ({"checkpoint__keep_last": 0}, "checkpoint.keep_last = 0 must be greater than 0"),
     ({"checkpoint__milestone_tokens": -1}, "checkpoint.milestone_tokens = -1 must not be negati"),
     ({"logging__every_steps": 0}, "logging.every_steps = 0 must be greater than 0"),
-    ({"sampling__top_p": 0.0}, "sampling.top_p = 0.0 must be greater than 0"),
+    ({"sampling__top_p": 0.0}, "sampling.top_p = 0.0 must be in (0, 1] (1: off)"),
+    ({"sampling__top_p": 2.0}, "sampling.top_p = 2.0 must be in (0, 1] (1: off)"),
+    ({"sampling__max_new_tokens": 0}, "sampling.max_new_tokens = 0 must be at least 1"),
     ({"sampling__temperature": -1.0}, "sampling.temperature = -1.0 must not be negative"),
 ]
 
@@ -237,6 +239,13 @@ def test_unknown_keys_and_wrong_types_are_raised_at_once():
     ]
 
 
+def test_sources_that_are_no_sources_are_named():
+    with pytest.raises(ValueError, match=r"sources\.books = 'b/\*\.txt': set it to source\(path="):
+        freeze({"data": {"sources": {"books": "b/*.txt"}}})
+    with pytest.raises(ValueError, match=r"config\.data\.sources = \['x'\]: set .*\.NAME = source"):
+        freeze({"data": {"sources": ["x"]}})
+
+
 def test_a_key_like_no_other_is_answered_with_all():
     with pytest.raises(ValueError, match=r"config\.zzz is not a setting; known: model, data, opti"):
         freeze({"zzz": 1})
@@ -250,18 +259,23 @@ def test_numbers_may_be_written_naturally():
 
 
 def test_differences_tell_what_matters_from_what_does_not():
+    text = next(s for s in TINY.data.sources if s.name == "text")
+    text = dataclasses.replace(text, validation_fraction=0.2, path="moved/text")
     now = changed(
         optimizer__learning_rate=0.5, model__scan_unroll=1, data__prepared="/elsewhere",
-        checkpoint__keep_last=7, data__sources=(BOOKS,),
+        checkpoint__keep_last=7, data__sources=(BOOKS, text), data__tokenizer="moved.model",
     )  # fmt: skip
     matters, harmless = differences(TINY, now)
     assert matters == [
-        "data.sources: code(code, weight 0.3), text(text, weight 0.7) "
-        "-> books(books/*.txt, weight 1)",
+        "data.sources.books: none -> there",
+        "data.sources.code: there -> none",
+        "data.sources.text.validation_fraction: 0.005 -> 0.2",
         "optimizer.learning_rate: 0.01 -> 0.5",
     ]
     assert harmless == [
         "model.scan_unroll: 0 -> 1",
+        "data.sources.text.path: 'text' -> 'moved/text'",
+        "data.tokenizer: '' -> 'moved.model'",
         "data.prepared: 'prepared' -> '/elsewhere'",
         "checkpoint.keep_last: 2 -> 7",
     ]
@@ -279,7 +293,8 @@ def test_what_a_resumed_run_may_change():
     reporting = ("evaluation.", "checkpoint.", "logging.", "sampling.")
     assert {name for name in free if not name.startswith(reporting)} == {
         "model.compute_dtype", "model.attention", "model.remat", "model.scan_unroll",
-        "data.prepared", "training.micro_batch_size", "training.loss_chunk_tokens",
+        "data.prepared", "data.tokenizer", "training.micro_batch_size",
+            "training.loss_chunk_tokens",
     }  # fmt: skip
 
 

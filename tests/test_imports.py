@@ -26,7 +26,7 @@ MODULES = {
 
 # The plan of the house. A room imports lower floors and itself; nothing else of the package.
 FLOORS = {
-    "config": 0, "progress": 0,
+    "config": 0, "progress": 0, "durable": 0, "config_rules": 1,
     "text": 1, "parallel": 1, "kernels": 1,
     "model": 2, "data": 2,
     "runs": 3, "inference": 3,

@@ -51,10 +51,12 @@ class SourceConfig:
     """One source of text, with its share of the training tokens."""
 
     name: str = ""
-    path: str = ""  # a file, a directory or a glob; tfds:NAME; for format "embedded": code or text
+    # A file, a directory or a glob; tfds:NAME; for format "embedded": code or text. It may change:
+    # what counts is the content, which every checkpoint holds a fingerprint of.
+    path: str = _free("")
     format: str = "auto"  # auto (by file ending), text, jsonl, parquet, tfds, embedded
     text_key: str = "text"  # the column or JSON key that holds the document
-    separator: str = ""  # plain text: what stands between documents; "": a file is a document
+    separator: str = ""  # plain text: stands between documents, \n a line end; "": one per file
     weight: float = 1.0  # share of the training tokens, relative to the other sources
     validation_fraction: float = 0.005  # of the documents, chosen by hash; embedded: by module
 
@@ -62,7 +64,9 @@ class SourceConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
-    tokenizer: str = ""  # a SentencePiece .model; "": the 4096-piece one shipped in the package
+    # A SentencePiece .model; "": the 4096-piece one shipped in the package. The path may change: a
+    # run keeps the file itself and refuses another.
+    tokenizer: str = _free("")
     prepared: str = _free("prepared")  # the directory that holds prepared corpora
     boundary: str = "bos+eos"  # what marks a document in the stream: bos+eos, bos, eos
     seq_len: int = 2048
@@ -193,7 +197,7 @@ def freeze(config: Mapping[str, Any]) -> Config:
     tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     problems: list[str] = []
     frozen = _build(Config, tree, "config", problems)
-    _raise_all(problems)
+    raise_all(problems)
     return frozen
 
 
@@ -221,13 +225,27 @@ def _build(cls: Any, tree: Mapping[str, Any], path: str, problems: list[str]) ->
             values[key] = _build(hints[key], value, f"{path}.{key}", problems)
         elif key == "sources":
             # Sorted by name, so that the order of the mixture does not hang on the file's layout.
-            values[key] = tuple(
-                _build(SourceConfig, {**entry, "name": name}, f"{path}.sources.{name}", problems)
-                for name, entry in sorted(value.items())
-            )
+            values[key] = _build_sources(value, f"{path}.sources", problems)
         else:
             values[key] = _coerce(value, hints[key], f"{path}.{key}", problems)
     return cls(**values)
+
+
+def _build_sources(tree: Any, path: str, problems: list[str]) -> tuple[SourceConfig, ...]:
+    entries = tree if isinstance(tree, Mapping) else {}
+    if not isinstance(tree, Mapping):
+        problems.append(
+            f'{path} = {tree!r}: set {path}.NAME = source(path="FILES") for each source'
+        )
+    for name, entry in entries.items():
+        if not isinstance(entry, Mapping):
+            problems.append(f'{path}.{name} = {entry!r}: set it to source(path="FILES")')
+    # Sorted by name, so that the order of the mixture does not hang on the file's layout.
+    return tuple(
+        _build(SourceConfig, {**entry, "name": name}, f"{path}.{name}", problems)
+        for name, entry in sorted(entries.items())
+        if isinstance(entry, Mapping)
+    )
 
 
 def _coerce(value: Any, kind: type, path: str, problems: list[str]) -> Any:
@@ -240,138 +258,8 @@ def _coerce(value: Any, kind: type, path: str, problems: list[str]) -> Any:
     return value
 
 
-def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int = 0) -> None:
-    """Checks every rule that joins settings, and raises once with all that fail.
-
-    Args:
-      config: the settings.
-      device_count: accelerators (or CPU devices) that share a batch.
-      tokenizer_vocab_size: pieces of the tokenizer in use; 0: not known, not checked.
-
-    Raises:
-      ValueError: one line per problem: the setting, its value, why it matters, what to set.
-    """
-    problems: list[str] = []
-
-    def require(ok: bool, problem: str) -> None:
-        if not ok:
-            problems.append(problem)
-
-    def positive(section: str, values: Any, *names: str) -> None:
-        for name in names:
-            value = getattr(values, name)
-            require(value > 0, f"{section}.{name} = {value} must be greater than 0")
-
-    def not_negative(section: str, values: Any, *names: str) -> None:
-        for name in names:
-            value = getattr(values, name)
-            require(value >= 0, f"{section}.{name} = {value} must not be negative")
-
-    def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-        require(value in allowed, f'{name} = "{value}" is not one of {", ".join(allowed)}')
-
-    m, d, o, t = config.model, config.data, config.optimizer, config.training
-    positive(
-        "model", m, "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim",
-        "d_ff", "max_seq_len", "rope_theta", "norm_eps",
-    )  # fmt: skip
-    not_negative("model", m, "scan_unroll")
-    positive("data", d, "seq_len")
-    positive("optimizer", o, "learning_rate", "eps")
-    not_negative(
-        "optimizer", o, "min_learning_rate", "warmup_steps", "decay_steps", "weight_decay",
-        "grad_clip_norm",
-    )  # fmt: skip
-    positive("training", t, "train_tokens", "global_batch_tokens", "micro_batch_size")
-    not_negative("training", t, "z_loss", "loss_chunk_tokens", "seed")
-    not_negative("evaluation", config.evaluation, "every_steps", "tokens")
-    not_negative("checkpoint", config.checkpoint, "every_steps", "milestone_tokens")
-    positive("checkpoint", config.checkpoint, "keep_last")
-    positive("logging", config.logging, "every_steps")
-    positive("sampling", config.sampling, "top_p", "repetition_penalty")
-    not_negative("sampling", config.sampling, "max_new_tokens", "temperature", "top_k", "min_p")
-    one_of("model.compute_dtype", m.compute_dtype, ("auto", "float32", "bfloat16"))
-    one_of("model.attention", m.attention, ("auto", "reference", "folded"))
-    one_of("model.remat", m.remat, ("none", "dots", "attention", "full"))
-    one_of("data.boundary", d.boundary, ("bos+eos", "bos", "eos"))
-    one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "wsd"))
-    one_of("optimizer.weight_decay_rule", o.weight_decay_rule, ("all", "matrices"))
-
-    if m.num_kv_heads > 0:
-        require(
-            m.num_heads % m.num_kv_heads == 0,
-            f"model.num_heads = {m.num_heads} is not a multiple of model.num_kv_heads = "
-            f"{m.num_kv_heads}: each key/value head serves a whole group of query heads",
-        )
-    require(
-        m.head_dim % 2 == 0,
-        f"model.head_dim = {m.head_dim} is odd: rotary embedding turns pairs of channels",
-    )
-    require(
-        not m.scan_unroll or m.num_layers % m.scan_unroll == 0,
-        f"model.scan_unroll = {m.scan_unroll} does not divide model.num_layers = {m.num_layers}; "
-        f"set a divisor, or 0 to unroll all layers",
-    )
-    require(
-        d.seq_len <= m.max_seq_len,
-        f"data.seq_len = {d.seq_len} is longer than model.max_seq_len = {m.max_seq_len}: "
-        f"exported models would claim a shorter context than they were trained on",
-    )
-    require(
-        not tokenizer_vocab_size or tokenizer_vocab_size <= m.vocab_size,
-        f"the tokenizer has {tokenizer_vocab_size} pieces but model.vocab_size = {m.vocab_size}: "
-        f"ids past it have no embedding; set model.vocab_size = {tokenizer_vocab_size}",
-    )
-    for beta in ("beta1", "beta2"):
-        value = getattr(o, beta)
-        require(0 <= value < 1, f"optimizer.{beta} = {value} must be in [0, 1)")
-    require(
-        o.min_learning_rate <= o.learning_rate,
-        f"optimizer.min_learning_rate = {o.min_learning_rate} is above optimizer.learning_rate = "
-        f"{o.learning_rate}: the schedule would rise where it should decay",
-    )
-
-    if min(t.global_batch_tokens, t.micro_batch_size, t.train_tokens, d.seq_len, device_count) > 0:
-        per_pass = t.micro_batch_size * d.seq_len * device_count
-        require(
-            t.global_batch_tokens % per_pass == 0,
-            f"training.global_batch_tokens = {t.global_batch_tokens} is not a multiple of the "
-            f"{per_pass} tokens of one pass (micro_batch_size {t.micro_batch_size} x seq_len "
-            f"{d.seq_len} x {device_count} devices); the nearest that fits is "
-            f"{max(1, round(t.global_batch_tokens / per_pass)) * per_pass}",
-        )
-        steps = config.total_steps
-        require(
-            o.warmup_steps < steps,
-            f"optimizer.warmup_steps = {o.warmup_steps} does not end within the {steps} steps of "
-            f"the run (train_tokens / global_batch_tokens): the learning rate would never peak",
-        )
-        require(
-            o.warmup_steps + o.decay_steps <= steps,
-            f"optimizer.warmup_steps + decay_steps = {o.warmup_steps + o.decay_steps} is more "
-            f"than the {steps} steps of the run: the schedule would be cut off",
-        )
-
-    for entry in d.sources:
-        name = f"data.sources.{entry.name}"
-        one_of(f"{name}.format", entry.format,
-               ("auto", "text", "jsonl", "parquet", "tfds", "embedded"))  # fmt: skip
-        require(entry.path != "", f"{name}.path is empty: name the files to read")
-        require(entry.weight > 0, f"{name}.weight = {entry.weight} must be greater than 0; "
-                "to leave a source out, remove it")  # fmt: skip
-        require(
-            0 <= entry.validation_fraction < 1,
-            f"{name}.validation_fraction = {entry.validation_fraction} must be in [0, 1)",
-        )
-        require(
-            entry.name.replace("_", "").replace("-", "").isalnum(),
-            f"{name}: a source's name becomes a directory and a metric; use letters, "
-            "digits, _ and -",
-        )
-    _raise_all(problems)
-
-
-def _raise_all(problems: list[str]) -> None:
+def raise_all(problems: list[str]) -> None:
+    """Raises one ValueError with a line per problem, if there are any."""
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         raise ValueError(f"the config has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -393,15 +281,19 @@ def differences(saved: Config, now: Config) -> tuple[list[str], list[str]]:
             name = f"{path}{field.name}"
             if dataclasses.is_dataclass(x):
                 walk(x, y, f"{name}.")
+            elif field.name == "sources":
+                walk_sources({s.name: s for s in x}, {s.name: s for s in y}, name)
             elif x != y:
                 lines = harmless if field.metadata.get("may_change") else matters
-                lines.append(f"{name}: {_short(x)} -> {_short(y)}")
+                lines.append(f"{name}: {x!r} -> {y!r}")
+
+    def walk_sources(a: dict[str, SourceConfig], b: dict[str, SourceConfig], path: str) -> None:
+        for name in sorted(a.keys() | b.keys()):
+            if name in a and name in b:
+                walk(a[name], b[name], f"{path}.{name}.")
+            else:
+                there, here = ("there", "none") if name in a else ("none", "there")
+                matters.append(f"{path}.{name}: {there} -> {here}")
 
     walk(saved, now, "")
     return matters, harmless
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple):  # sources
-        return ", ".join(f"{s.name}({s.path}, weight {s.weight:g})" for s in value) or "none"
-    return repr(value)

@@ -34,23 +34,26 @@ def main(argv: list[str]) -> None:
 
 def _to_hf(arguments: argparse.Namespace) -> None:
     from tinyllama_jax.conversion import hf, output, shards
-    from tinyllama_jax.conversion.load import load
+    from tinyllama_jax.conversion.load import describe_run, load
+    from tinyllama_jax.runs.checkpoint import open_params
 
     max_shard_bytes = shards.parse_size(arguments.max_shard_size)
     if arguments.verify:
         hf.check_verifiable()
     output.check_free(arguments.out)
-    loaded = load(arguments.run, arguments.step)
+    config, tokenizer, ids = describe_run(arguments.run)
+    params = open_params(arguments.run, arguments.step)
     with output.fresh_directory(arguments.out) as partial:
         hf.write(
-            partial, loaded.config.model, loaded.params, loaded.tokenizer, loaded.ids,
+            partial, config.model, params, tokenizer, ids,
             dtype=arguments.dtype, max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
-    print(f"step {loaded.step} of {arguments.run} written to {arguments.out} ({arguments.dtype})")
-    if loaded.tokenizer is None:
+    print(f"step {params.step} of {arguments.run} written to {arguments.out} ({arguments.dtype})")
+    if tokenizer is None:
         print("without tokenizer files: the run has no tokenizer")
     if arguments.verify:
-        result = hf.verify(arguments.out, loaded.config.model, loaded.params, loaded.tokenizer)
+        loaded = load(arguments.run, params.step)
+        result = hf.verify(arguments.out, config.model, loaded.params, tokenizer)
         print(
             f"transformers {result.transformers}: largest logit difference "
             f"{result.largest_difference:.2e}, {result.relative_difference:.1e} of their standard "

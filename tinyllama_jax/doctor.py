@@ -34,10 +34,8 @@ def main(argv: list[str]) -> None:
     print(f"\nproblems: {problems}, warnings: {warnings}")
     if problems:
         sys.exit(1)
-    config_file = "configs/quickstart.py"
-    if _CONFIG.value is not None:
-        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    print(f"next: python -m tinyllama_jax.train --config={config_file}")
+    settings = door.settings_given() or "--config=configs/quickstart.py"
+    print(f"next: python -m tinyllama_jax.train {settings}")
 
 
 if __name__ == "__main__":

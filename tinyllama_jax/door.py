@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -37,6 +38,17 @@ def run_with_flags(main: Callable[[list[str]], Any], *, needs_config: bool = Tru
     """
     parse = functools.partial(_parse_flags, needs_config=needs_config)
     app.run(functools.partial(run, main), flags_parser=parse)
+
+
+def settings_given() -> str:
+    """The flags of this command line that name or change the config, to be given again."""
+    given, take_next = [], False
+    for argument in sys.argv[1:]:
+        name, _, value = argument.lstrip("-").partition("=")
+        if take_next or (argument.startswith("-") and name.split(".")[0] in ("config", "workdir")):
+            given.append(argument)
+            take_next = not take_next and not value
+    return shlex.join(given)
 
 
 def _parse_flags(argv: list[str], needs_config: bool) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import shlex
 import sys
 import time
 
@@ -48,8 +49,7 @@ def main(argv: list[str]) -> None:
     )
     engine = Engine(loaded.model, loaded.params, loaded.tokenizer, loaded.start_id, loaded.end_ids)
     if arguments.max_new_tokens is None:  # a default adapts to the context, an order is refused
-        room = max(1, engine.room(settings.prompt))
-        settings = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
+        settings = engine.fitted(settings)
     stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in arguments.stop]
     updates = engine.stream([settings.prompt], settings, stop=stop)
     print(settings.prompt, end="", flush=True)
@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
     rate = f", {(len(completion.tokens) - 1) / seconds:.1f} tokens/s" if seconds else ""
     why = {"eos": "the text ended", "stop": "a stop string", "length": "max_new_tokens"}
     print(f"\n\n{len(completion.tokens)} tokens{rate}; ended by {why[completion.finish]}")
-    print(f"next: python -m tinyllama_jax.generate {arguments.model} --seed {settings.seed + 1}")
+    again = [str(arguments.model), "--prompt", settings.prompt, "--seed", str(settings.seed + 1)]
+    print(f"next: python -m tinyllama_jax.generate {shlex.join(again)}")
 
 
 if __name__ == "__main__":

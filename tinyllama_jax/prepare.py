@@ -12,7 +12,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from tinyllama_jax import door
-from tinyllama_jax.config import freeze, validate
+from tinyllama_jax.config import freeze
+from tinyllama_jax.config_rules import validate
 from tinyllama_jax.data.pages import read_manifest
 from tinyllama_jax.data.prepare import prepare_sources
 from tinyllama_jax.text.tokenizer import Tokenizer
@@ -27,8 +28,7 @@ def main(argv: list[str]) -> None:
     config = freeze(_CONFIG.value)
     validate(config, tokenizer_vocab_size=Tokenizer(config.data.tokenizer).vocab_size)
     _print_table(prepare_sources(config.data, workers=_WORKERS.value))
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    print(f"\nnext: python -m tinyllama_jax.train --config={config_file}")
+    print(f"\nnext: python -m tinyllama_jax.train {door.settings_given()}")
 
 
 def _print_table(directories: dict[str, pathlib.Path]) -> None:

@@ -25,6 +25,7 @@ class Progress:
         self._total, self._unit, self._done, self._initial = total, unit, initial, initial
         self._interval, self._started = interval, time.monotonic()
         self._last_line, self._note = self._started, ""
+        self._scale = scale
         self._bar = None
         if not self._plain:
             from tqdm import tqdm
@@ -66,10 +67,17 @@ class Progress:
 
     def _line(self) -> None:
         rate = (self._done - self._initial) / (time.monotonic() - self._started)
-        of = f"/{self._total}" if self._total else ""
+        of = f"/{self._count(self._total)}" if self._total else ""
         left = f", {_clock((self._total - self._done) / rate)} left" if self._total and rate else ""
         note = f", {self._note}" if self._note else ""
-        print(f"{self._done}{of} {self._unit}{note}{left}", flush=True)
+        print(f"{self._count(self._done)}{of} {self._unit}{note}{left}", flush=True)
+
+    def _count(self, count: int) -> str:
+        if self._scale:
+            for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+                if count >= size:
+                    return f"{count / size:.1f} {unit}"
+        return str(count)
 
 
 def _clock(seconds: float) -> str:

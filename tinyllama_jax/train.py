@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
         prepared = prepare_sources(config.data, max_bytes=_PREPARE_BYTES)
         datasets = open_datasets(config, prepared, tokenizer.sha256)
-        print(datasets.training.describe(), flush=True)
+        print(datasets.training.describe(config.total_steps), flush=True)
         loss_fn = NextToken(config, tokenizer.bos_id, tokenizer.eos_id)
         train(
             config, run_dir, datasets.training, datasets.validation, loss_fn,
@@ -72,9 +72,14 @@ def _show_sample(run_dir: pathlib.Path) -> None:
 
     loaded = load(run_dir)
     engine = Engine(loaded.model, loaded.params, loaded.tokenizer, loaded.start_id, loaded.end_ids)
-    settings = loaded.config.sampling
+    settings = engine.fitted(loaded.config.sampling)
+    try:
+        updates = engine.stream([settings.prompt], settings)
+    except ValueError as error:  # no reason to call a finished run a failure
+        print(f"no sample: {error}")
+        return
     print(f"a sample (temperature {settings.temperature:g}):\n\n{settings.prompt}", end="")
-    for update in engine.stream([settings.prompt], settings):
+    for update in updates:
         print(update.text, end="", flush=True)
     print("\n")
 

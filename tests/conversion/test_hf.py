@@ -1,11 +1,13 @@
 """Whole models to Hugging Face directories and back, without torch."""
 
 import json
+import weakref
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 import tinyllama_jax
 from tinyllama_jax import convert
@@ -97,7 +99,7 @@ def test_an_imported_run_keeps_the_ids_that_its_source_declares(tmp_path):
     assert loaded.ids == SpecialIds(None, ())
     declared = SpecialIds(3, (4, 5))
     (tmp_path / "hf").mkdir()
-    hf.write(tmp_path / "hf", UNTIED, loaded.params, None, declared)
+    hf.write(tmp_path / "hf", UNTIED, flatten_dict(loaded.params, sep="/"), None, declared)
     save_run(load(tmp_path / "hf"), tmp_path / "imported", "hf")
     assert load(tmp_path / "imported").ids == declared
 
@@ -117,7 +119,7 @@ def test_start_and_end_follow_what_the_run_trained_on(tmp_path, boundary, start,
 def hf_dir(tmp_path):
     path = tmp_path / "hf"
     path.mkdir()
-    hf.write(path, TIED, random_params(TIED), None, SpecialIds(1, (2,)))
+    hf.write(path, TIED, flatten_dict(random_params(TIED), sep="/"), None, SpecialIds(1, (2,)))
     return path
 
 
@@ -196,3 +198,30 @@ def test_load_of_a_step_inside_a_run_points_to_the_run(tmp_path):
 def test_hugging_face_directories_have_no_steps(hf_dir):
     with pytest.raises(ValueError, match="no steps to choose"):
         load(hf_dir, step=3)
+
+
+def test_an_export_reads_leaf_by_leaf(tmp_path, monkeypatch):
+    """Each leaf of a checkpoint is read once, verified, and given up before the next is read."""
+    make_run(tmp_path / "run")
+    read, held = [], []
+    stored = checkpoint.open_params(tmp_path / "run")
+    original = type(stored).__getitem__
+
+    def watched(self, path):
+        array = original(self, path)
+        assert not any(leaf() is not None for leaf in held), "two leaves at once"
+        read.append(path)
+        held.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(type(stored), "__getitem__", watched)
+    # In bfloat16, since a shard of float32 may hold parts of a leaf rather than copies.
+    arguments = ["to-hf", str(tmp_path / "run"), "--out", str(tmp_path / "hf")]
+    convert.main([*arguments, "--dtype", "bfloat16"])
+    assert sorted(read) == sorted(stored)
+    assert len(read) == len(stored) == 12
+
+
+def test_a_hugging_face_directory_is_not_exported_again(hf_dir, tmp_path):
+    with pytest.raises(ValueError, match="is a Hugging Face directory already"):
+        convert.main(["to-hf", str(hf_dir), "--out", str(tmp_path / "out")])

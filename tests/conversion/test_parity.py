@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from tinyllama_jax import convert
 from tinyllama_jax.config import Config, ModelConfig
@@ -88,7 +89,7 @@ def assert_close_logits(ours, theirs):
 def test_logits_and_gradients_after_to_hf(tmp_path, config):
     model = Llama(config)
     params = random_params(model)
-    hf.write(tmp_path, config, params, None, SpecialIds(1, (2,)))
+    hf.write(tmp_path, config, flatten_dict(params, sep="/"), None, SpecialIds(1, (2,)))
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = their_logits(theirs, TOKENS)
     targets = np.roll(TOKENS, -1, axis=1)
@@ -151,7 +152,9 @@ def test_half_precision_checkpoints_of_transformers(tmp_path, dtype):
 def test_verify_catches_a_wrong_export(tmp_path):
     small = config(4, 32, False)
     params = random_params(Llama(small))
-    hf.write(tmp_path, small, params, None, SpecialIds(1, (2,)), dtype="bfloat16")
+    hf.write(
+        tmp_path, small, flatten_dict(params, sep="/"), None, SpecialIds(1, (2,)), dtype="bfloat16"
+    )
     swapped = params["layers"]["mlp"]
     swapped["gate"], swapped["up"] = swapped["up"], swapped["gate"]
     wrong = hf.verify(tmp_path, small, params, None)

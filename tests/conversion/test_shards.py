@@ -103,6 +103,22 @@ def test_damaged_or_absent_files_are_refused(tmp_path, damage, message):
         shards.Reader(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\n", "Git-LFS pointer.*git lfs pull"),
+        ("{}", "no weight_map in it"),
+        ("[]", "no weight_map in it"),
+        ('{"weight_map": ', "no weight_map in it"),
+    ],
+)
+def test_a_damaged_index_is_refused_by_name(tmp_path, content, message):
+    write(tmp_path, limit=150)
+    (tmp_path / shards.INDEX).write_text(content)
+    with pytest.raises(ValueError, match=rf"{shards.INDEX} is not an index of weights.*{message}"):
+        shards.Reader(tmp_path)
+
+
 def test_a_shard_that_is_not_there_is_named(tmp_path):
     write(tmp_path, limit=150)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()

@@ -285,7 +285,10 @@ def test_validation_stops_at_its_cap(prepared):
     dataset = ValidationDataset(stream, seq_len=S, max_tokens=3 * S - 1)
     (batch,) = dataset.batches(4)
     assert batch.loss_weights.sum() == dataset.num_targets == 3 * S
-    np.testing.assert_array_equal(batch.targets[:3].ravel(), stream.read(1, 3 * S))
+    # 1,001 ids are 32 windows: three of them at even distances, so that every part has a say.
+    starts = [0, 10 * S, 21 * S]
+    expected = np.stack([stream.read(start + 1, S) for start in starts])
+    np.testing.assert_array_equal(batch.targets[:3], expected)
     assert not batch.tokens[3].any() and not batch.loss_weights[3].any()
 
 
@@ -299,10 +302,12 @@ def test_a_config_opens_what_was_prepared_for_it(prepared, config):
         "text": 1_000,
         "code": 1_000,
     }
-    described = datasets.training.describe()
+    described = datasets.training.describe(5)
     assert "code: 13,100 tokens" in described
     assert "409 windows of 32 (11 tokens of the last, incomplete one left out)" in described
     assert "70% of the rows" in described
+    epochs = datasets.training.epochs_at(5)["code"]
+    assert f"30% of the rows, {epochs:.3g} epochs" in described
 
 
 def test_nothing_held_out_is_nothing_to_validate(prepared, config):

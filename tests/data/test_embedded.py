@@ -119,6 +119,15 @@ def test_training_a_tokenizer_is_deterministic(corpus):
     assert len(tokenizer.encode(texts[0])) < 0.7 * len(texts[0])
 
 
+def test_a_tokenizer_learns_from_lines_of_any_length():
+    """A document in one line, as in most JSONL, is longer than what SentencePiece reads."""
+    words = ["llama", "alpaca", "vicuna", "guanaco"]
+    text = " ".join(words[i % 4] for i in range(4000))
+    tokenizer = Tokenizer.from_bytes(train_tokenizer([text, "ü" * 5000], 300))
+    assert len(tokenizer.encode("llama alpaca vicuna guanaco")) == 4
+    assert len(tokenizer.encode("ü" * 16)) == 2  # a prefix space, and one piece
+
+
 def test_a_vocabulary_larger_than_the_text_is_refused():
     with pytest.raises(ValueError, match=r"5000 pieces cannot be trained.*smaller vocab_size"):
         train_tokenizer(["a few words only"], 5000)

@@ -1,6 +1,7 @@
 """Preparation gives the documents' stream, the same bytes however it is interrupted or divided."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from tinyllama_jax.config import DataConfig, SourceConfig
 from tinyllama_jax.data import pages, prepare, units
 from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
 from tinyllama_jax.data.stream import ShardReaders, Stream
-from tinyllama_jax.text.tokenizer import Tokenizer
+from tinyllama_jax.text.tokenizer import SHIPPED_MODEL, Tokenizer
 
 PREPARE = """
 import sys
@@ -211,11 +212,11 @@ def test_a_second_run_reuses_what_is_there(small, tmp_path, monkeypatch):
     assert prepare.prepare_sources(config(small, tmp_path), workers=1) == first
 
 
-def test_the_directory_follows_everything_that_changes_the_bytes(small, tmp_path, test_data):
+def test_the_directory_follows_everything_that_changes_the_bytes(small, tmp_path):
     base = config(small, tmp_path)
 
     def name(data):
-        return prepare.prepared_directory(data.sources[0], data, Tokenizer(data.tokenizer)).name
+        return prepare.examine_source(data.sources[0], data, Tokenizer(data.tokenizer))[0].name
 
     def of_source(**changes):
         return dataclasses.replace(base, sources=(dataclasses.replace(base.sources[0], **changes),))
@@ -225,7 +226,8 @@ def test_the_directory_follows_everything_that_changes_the_bytes(small, tmp_path
     assert name(base) == name(dataclasses.replace(base, seq_len=17, seed=3, prepared="elsewhere"))
     edited = copy / "part-01.jsonl"
     edited.write_bytes(edited.read_bytes().replace(b"e", b"a"))  # of the same size
-    llama = str(test_data / "tokenizer" / "tokenizer.model")
+    another = tmp_path / "another.model"  # the same pieces in another file
+    another.write_bytes(SHIPPED_MODEL.read_bytes() + b"\x1a\x00")
     names = [
         name(base),
         name(of_source(path=str(copy))),
@@ -234,7 +236,8 @@ def test_the_directory_follows_everything_that_changes_the_bytes(small, tmp_path
         name(of_source(validation_fraction=0.2)),
         name(of_source(path=str(small / "part-0[01].jsonl"))),
         name(dataclasses.replace(base, boundary="eos")),
-        name(dataclasses.replace(base, tokenizer=llama)),
+        name(of_source(format="text")),
+        name(dataclasses.replace(base, tokenizer=str(another))),
     ]
     assert len(set(names)) == len(names)
 
@@ -246,6 +249,84 @@ def test_a_large_vocabulary(small, tmp_path, test_data):
     (shard,) = pages.read_manifest(directory / "train").shards[:1]
     assert pages.read_manifest(directory / "train").vocab_size == llama.vocab_size == 32000
     assert shard.tokens > 1000
+
+
+def test_the_raw_text_is_not_needed_where_it_was_prepared(small, tmp_path, capfd):
+    """As on a machine with accelerators, to which only the prepared directory was brought."""
+    raw = shutil.copytree(small, tmp_path / "raw")
+    data = config(raw, tmp_path / "prepared")
+    directory = prepare.prepare_sources(data, workers=1)["books"]
+    shutil.rmtree(raw)
+    assert prepare.prepare_sources(data, workers=1) == {"books": directory}
+    assert f"books: its raw text is not here; taking {directory}" in capfd.readouterr().out
+    for changed in (
+        dataclasses.replace(data, boundary="eos"),
+        dataclasses.replace(data, prepared=str(tmp_path / "elsewhere")),
+        config(tmp_path / "rwa", tmp_path / "prepared"),  # misspelt, not brought elsewhere
+    ):
+        with pytest.raises(ValueError, match=r"\" does not exist.*or bring what was prepared"):
+            prepare.prepare_sources(changed, workers=1)
+    shutil.copytree(directory, directory.with_name("books-copy"))
+    with pytest.raises(ValueError, match=r"several prepared corpora.*remove all but one"):
+        prepare.prepare_sources(data, workers=1)
+    shutil.rmtree(directory.with_name("books-copy"))
+    (directory / "train" / pages.MANIFEST_FILE).unlink()  # not prepared to the end
+    with pytest.raises(ValueError, match="or bring what was prepared"):
+        prepare.prepare_sources(data, workers=1)
+
+
+def test_two_starts_at_once_both_succeed(small, tmp_path):
+    """Each may find the other's work in progress; neither fails, and the bytes are the same."""
+    expected = contents(
+        prepare.prepare_sources(config(small, tmp_path / "one"), workers=1)["books"]
+    )
+    for number in range(4):
+        prepared = tmp_path / f"both{number}"
+        command = [sys.executable, "-c", PREPARE, str(small), str(prepared), "1"]
+        both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+        assert [process.wait() for process in both] == [0, 0]
+        (directory,) = prepared.iterdir()
+        assert contents(directory) == expected
+
+
+def test_work_that_another_start_took_for_abandoned_is_begun_again(small, tmp_path, monkeypatch):
+    """It may look between a directory's making and its locking."""
+    locked = units._locked
+    removed = []
+
+    def late(path):
+        if not removed and path.name.endswith(".work"):
+            removed.append(path)
+            shutil.rmtree(path)
+        return locked(path)
+
+    monkeypatch.setattr(units, "_locked", late)
+    directory = prepare.prepare_sources(config(small, tmp_path), workers=1)["books"]
+    assert removed and prepare.is_prepared(directory)
+    assert not list(directory.glob("units/*.work"))
+
+
+def test_a_document_of_10_mb_comes_back(tmp_path):
+    text = " ".join(f"{i} {i * i % 7919}" for i in range(900_000))
+    assert len(text) > 10_000_000
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text(json.dumps({"text": "before"}) + "\n" + json.dumps({"text": text}) + "\n")
+    source = SourceConfig(name="books", path=str(raw), validation_fraction=0.0)
+    data = DataConfig(sources=(source,), prepared=str(tmp_path))
+    directory = prepare.prepare_sources(data, workers=1)["books"]
+    tokenizer = Tokenizer()
+    ids = stream_of(directory, "train")
+    ends = np.flatnonzero(ids == tokenizer.eos_id)
+    assert [tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]] == ["before", text]
+
+
+def test_a_damaged_record_of_a_unit_is_work_to_do(corpus, reference, tmp_path):
+    directory = tmp_path / reference.name
+    shutil.copytree(reference, directory)
+    (directory / "units" / "00002.json").write_bytes(b"")
+    (directory / "train" / pages.MANIFEST_FILE).unlink()
+    prepare.prepare_sources(config(corpus, tmp_path), workers=1)
+    assert contents(directory) == contents(reference)
 
 
 # --- refusals and counts
@@ -267,6 +348,42 @@ def test_a_source_without_text(tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"has no document to train on \(1 skipped"):
         prepare.prepare_sources(config(tmp_path / "a.txt", tmp_path), workers=1)
+
+
+def test_documents_without_a_token_are_skipped_and_counted(tmp_path, capfd):
+    """A model that normalises away all of a text would leave BOS beside BOS."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    words = ["hello world and more of it"] * 50
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_writer=model, vocab_size=19, minloglevel=2
+    )
+    (tmp_path / "default.model").write_bytes(model.getvalue())
+    raw = tmp_path / "raw.jsonl"
+    documents = ["hello", "\u200b", "\u200b\ufeff", "world"]
+    raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    source = SourceConfig(name="books", path=str(raw), validation_fraction=0.0)
+    data = DataConfig(
+        sources=(source,), prepared=str(tmp_path), boundary="bos",
+        tokenizer=str(tmp_path / "default.model"),
+    )  # fmt: skip
+    directory = prepare.prepare_sources(data, workers=1)["books"]
+    ids = stream_of(directory, "train")
+    assert (ids == 1).sum() == 2 and not ((ids[1:] == 1) & (ids[:-1] == 1)).any()
+    assert pages.read_manifest(directory / "train").documents == 2
+    printed = capfd.readouterr().out
+    assert "books: 2 documents" in printed and "skipped 2 documents without tokens" in printed
+
+
+def test_a_separator_that_is_not_there_is_said(tmp_path, capfd):
+    (tmp_path / "a.txt").write_text("one document " * 10)
+    source = SourceConfig(
+        path=str(tmp_path / "a.txt"), name="books", separator="<|end|>", validation_fraction=0.0
+    )
+    data = DataConfig(sources=(source,), prepared=str(tmp_path))
+    prepare.prepare_sources(data, workers=1)
+    assert "separator = '<|end|>' stands in none of the files" in capfd.readouterr().out
 
 
 def test_no_validation_is_said(tmp_path, capfd):

@@ -10,7 +10,7 @@ import pytest
 
 from tinyllama_jax.config import SourceConfig
 from tinyllama_jax.data import formats
-from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
+from tinyllama_jax.data.sources import Tally, left_out, list_inputs, read_documents
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
@@ -59,6 +59,42 @@ def test_an_unknown_ending_needs_a_format(tmp_path):
     with pytest.raises(ValueError, match=r"found: \.rtf; known: \.jsonl.*sources\.books\.format"):
         texts(tmp_path)
     assert texts(tmp_path, format="text") == ["hello"]
+
+
+def test_a_named_format_takes_its_endings_or_else_all(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["data"])
+    (tmp_path / "README.md").write_text("what this is")
+    assert texts(tmp_path, format="jsonl") == ["data"]
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.records")
+    (tmp_path / "README.md").unlink()
+    assert texts(tmp_path, format="jsonl") == ["data"]
+
+
+def test_what_is_left_out_is_told(tmp_path):
+    for name in ("a.txt", "b.rst", "c.rst", "d.xz", ".hidden"):
+        (tmp_path / name).write_text(name)
+    for settings in ({}, {"format": "text"}):
+        source = SourceConfig(path=str(tmp_path), **settings)
+        assert left_out(source, list_inputs(source)) == "2 .rst, 1 .xz"
+
+
+def test_directories_are_read_through_links(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("hello")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert texts(tmp_path / "corpus") == ["hello"]
+
+
+def test_endings_are_read_in_any_case(tmp_path):
+    (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"hello"))
+    assert texts(tmp_path) == ["hello"]
+
+
+def test_a_binary_file_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    with pytest.raises(ValueError, match=r"a\.txt has bytes of value 0.*no plain text"):
+        texts(tmp_path)
 
 
 def test_a_directory_of_several_formats_is_ambiguous(tmp_path):
@@ -113,6 +149,7 @@ def test_a_text_file_is_one_document(tmp_path):
             ["one", "two\n\nmore"],
         ),
         ("one<|endoftext|>two", "<|endoftext|>", ["one", "two"]),
+        ("one\n\ntwo", "\\n\\n", ["one", "two"]),  # as a command line gives it
         ("one\r\n\r\ntwo\r\nmore\r\n\r\n\r\nthree\r\n", "\n\n", ["one", "two\nmore", "three"]),
         ("  one <|end\n<|endoftext|>two", "<|endoftext|>", ["  one <|end", "two"]),
         ("no separator\n", "<|endoftext|>", ["no separator"]),
@@ -203,7 +240,10 @@ def test_a_missing_key_names_those_that_exist(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [('["one"]', "a list, not a JSON object"), ('{"text": 5}', '"text" is a int, not a text')],
+    [
+        ('["one"]', "a list, not a JSON object"),
+        ('{"text": 5}', '"text" is of type int, not a text'),
+    ],
 )
 def test_a_line_of_another_shape(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text(line)
@@ -297,6 +337,25 @@ def test_parquet_of_invalid_utf8(tmp_path, write_parquet):
 def test_parquet_without_the_column(tmp_path, write_parquet):
     write_parquet({"content": ["x"], "id": [1]})
     with pytest.raises(ValueError, match=r"a\.parquet has no \"text\"; it has 'content', 'id'"):
+        texts(tmp_path)
+
+
+def test_a_column_of_another_type_is_named(write_parquet, tmp_path):
+    write_parquet({"content": ["x"], "text": [1]})
+    with pytest.raises(ValueError, match=r'a\.parquet: "text" is of type int64, not a text; set'):
+        texts(tmp_path)
+    write_parquet({"text": [["x"]]})
+    with pytest.raises(ValueError, match=r'"text" is of type list<.*>, not a text'):
+        texts(tmp_path)
+
+
+def test_a_damaged_page_of_a_parquet_file_is_named(write_parquet, tmp_path):
+    write_parquet({"text": ["the same words again " * 50 + str(i) for i in range(200)]})
+    file = tmp_path / "a.parquet"
+    content = bytearray(file.read_bytes())
+    content[40:400] = bytes(360)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
         texts(tmp_path)
 
 

@@ -80,13 +80,26 @@ def test_exactly_max_new_tokens(engine, count):
 def test_full_context_is_usable_and_one_more_is_refused(engine):
     prompt = list(range(1, 95))
     settings = dataclasses.replace(GREEDY, max_new_tokens=6)
-    assert engine.room(prompt) == 6
+    assert engine.fitted(SamplingConfig(prompt=prompt, max_new_tokens=9)).max_new_tokens == 6
     (completion,) = engine.generate([prompt], settings)
     assert completion.tokens == greedy_without_cache(engine, prompt, 6)
     with pytest.raises(ValueError, match=r"context of 100 tokens.*max_new_tokens to 6 or less"):
         engine.stream([prompt], dataclasses.replace(GREEDY, max_new_tokens=7))
     with pytest.raises(ValueError, match="shorten the prompt"):
         engine.stream([[1] * 100], dataclasses.replace(GREEDY, max_new_tokens=1))
+
+
+def test_ids_without_a_piece_add_no_text(engine):
+    """Of a padded vocabulary, or of tokens that were added beside the SentencePiece model."""
+    model = Llama(dataclasses.replace(CONFIG, vocab_size=CONFIG.vocab_size + 4096))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)  # each id alike
+    padded = Engine(model, params, Tokenizer(), start_id=1)
+    settings = SamplingConfig(temperature=1.0, top_k=0, max_new_tokens=90)
+    (completion,) = padded.generate([[1, 4100, 300]], settings)
+    known = [token for token in completion.tokens if token < CONFIG.vocab_size]
+    assert 0 < len(known) < len(completion.tokens)
+    assert Tokenizer().decode([300, *known]) == Tokenizer().decode([300]) + completion.text
 
 
 def test_rows_end_at_eos_each_for_itself(engine):

@@ -38,7 +38,7 @@ def test_defaults_come_from_the_run_and_fit_its_context(run, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("The prompt")
     assert "ended by max_new_tokens" in printed
-    assert f"next: python -m tinyllama_jax.generate {run} --seed 4" in printed
+    assert f"next: python -m tinyllama_jax.generate {run} --prompt 'The prompt' --seed 4" in printed
 
 
 def test_same_seed_same_text_other_seed_other_text(run, capsys):

@@ -106,6 +106,35 @@ def test_token_logps_equal_reference(chunk_tokens):
         assert relative(gradient, plain_gradient) < 1e-6
 
 
+@pytest.mark.parametrize("function", ["weighted_sum", "token_logps"])
+def test_bfloat16_weight_gradients_do_not_lose_with_the_number_of_chunks(function):
+    """dW is summed over chunks in float32: 128 chunks are as exact as one."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    hidden = jax.random.normal(keys[0], (4, 512, 32)).astype(jnp.bfloat16)
+    unembedding = jax.random.normal(keys[1], (32, 64)) * 0.5
+    targets = jax.random.randint(keys[2], (4, 512), 0, 64)
+    weights = jnp.ones((4, 512))
+
+    def dmatrix(hidden, chunk_tokens=0, exact=False):
+        def objective(unembedding):
+            if exact:
+                return jnp.sum(-cross_entropy.reference_token_logps(hidden, unembedding, targets))
+            if function == "weighted_sum":
+                arguments = (hidden, unembedding, targets, weights)
+                return cross_entropy.weighted_sum(*arguments, chunk_tokens=chunk_tokens)[0]
+            logps = cross_entropy.token_logps(
+                hidden, unembedding, targets, chunk_tokens=chunk_tokens
+            )
+            return -jnp.sum(logps)
+
+        return np.asarray(jax.jit(jax.grad(objective))(unembedding), np.float64)
+
+    exact = dmatrix(hidden.astype(jnp.float32), exact=True)
+    one, many = (np.linalg.norm(dmatrix(hidden, chunk) - exact) for chunk in (2048, 16))
+    assert many < 1.2 * one
+    assert one < 0.01 * np.linalg.norm(exact)
+
+
 def test_large_logits_do_not_overflow():
     hidden, unembedding, targets, weights = example()
     value, _ = cross_entropy.weighted_sum(hidden * 1000, unembedding, targets, weights)

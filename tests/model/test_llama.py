@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,18 @@ def test_remat_saves_what_its_policy_says(params, tokens, implementation):
 
     none, dots, attention, full = map(saved_bytes, ("none", "dots", "attention", "full"))
     assert none > dots > attention > full
+
+
+@pytest.mark.parametrize("scan_unroll, barred", [(0, True), (4, True), (1, False), (2, False)])
+def test_recomputation_is_barred_from_being_merged_away_outside_a_loop(scan_unroll, barred):
+    """Unrolled, both passes stand in one block, and a compiler would compute the layer once."""
+    config = dataclasses.replace(TINY, remat="full", num_layers=4, scan_unroll=scan_unroll)
+    model = Llama(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    gradient = jax.jit(jax.grad(lambda p, t: jnp.sum(model.apply(p, t)[0] ** 3)))
+    traced = gradient.trace(shapes, jax.ShapeDtypeStruct((2, 8), jnp.int32))
+    found = re.findall(r"prevent_cse=(\w+)", str(traced.jaxpr))
+    assert found and set(found) == {str(barred)}
 
 
 def test_bfloat16_compute_keeps_float32_logits(params, tokens):

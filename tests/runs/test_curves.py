@@ -164,6 +164,12 @@ def test_the_door_draws_and_says_what_it_wrote(run_dir, tmp_path, capsys):
     assert out.read_bytes().startswith(b"%PDF") and page.exists()
 
 
+def test_a_run_that_was_killed_before_its_first_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is empty: no training step of this run was logged yet"):
+        write_loss_picture(tmp_path)
+
+
 def test_the_door_refuses_what_is_no_run(tmp_path):
     command = [sys.executable, "-m", "tinyllama_jax.plot", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -1,7 +1,9 @@
 """One writer per run directory."""
 
+import errno
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -87,6 +89,38 @@ def test_a_pid_that_another_process_got_since_is_taken_over(tmp_path, capsys):
     write_entry(tmp_path, process_start="1")
     with RunLock(tmp_path):
         assert "taking over" in capsys.readouterr().err
+
+
+def test_a_killed_process_that_nobody_waited_for_is_taken_over(tmp_path, capsys):
+    enter = (
+        "import sys, time\nfrom tinyllama_jax.runs.lock import RunLock\n"
+        "with RunLock(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", enter, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"in\n"
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+    with RunLock(tmp_path):
+        assert "taking over" in capsys.readouterr().err
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_holder_on_a_full_disk_is_refused(tmp_path, quick, monkeypatch):
+    with RunLock(tmp_path) as held:
+        write_text = pathlib.Path.write_text
+
+        def full(path, text):
+            if held._entry["token"] in path.name:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write_text(path, text)
+
+        monkeypatch.setattr(pathlib.Path, "write_text", full)
+        counter = entry_of(tmp_path)["counter"]
+        monkeypatch.setattr(lock, "_machine", lambda: "elsewhere")
+        with pytest.raises(ValueError, match="is being written by"), RunLock(tmp_path):
+            pass
+        assert entry_of(tmp_path)["counter"] <= counter + 1  # it could not be raised
 
 
 def test_another_host_that_moves_its_counter_is_refused(tmp_path, quick, monkeypatch):

@@ -24,6 +24,7 @@ from tinyllama_jax.config import (
     TrainingConfig,
 )
 from tinyllama_jax.data.batch import Batch
+from tinyllama_jax.model.llama import Llama
 from tinyllama_jax.runs.checkpoint import Checkpointer, restore_params, save_params
 from tinyllama_jax.runs.metrics import read_metrics
 from tinyllama_jax.training.loop import train
@@ -235,6 +236,13 @@ def test_never_refuses_over_a_run(cut_off):
     assert (cut_off / "metrics.jsonl").read_bytes() == before
 
 
+def test_never_drops_the_lines_of_a_start_that_saved_nothing(tmp_path, uninterrupted):
+    with pytest.raises(RuntimeError, match="the power is cut"):
+        run(tmp_path, MadeUpData(cut_at=3))
+    run(tmp_path, resume="never")
+    assert untimed(tmp_path) == untimed(uninterrupted[0])
+
+
 def test_never_starts_an_empty_run(tmp_path, uninterrupted):
     assert bits(run(tmp_path, resume="never")) == bits(uninterrupted[1])
 
@@ -285,3 +293,42 @@ def test_a_last_step_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"the last step, 12, could not be saved .* from step 0"):
         run(tmp_path)
     assert attempts == [4, 8, 12, 12]
+
+
+def test_validation_is_the_mean_over_weighted_tokens(uninterrupted):
+    """Sum over all batches of weight times loss, divided once: not the mean of batches' means."""
+    _, params = restore_params(uninterrupted[0])
+    model = Llama(CONFIG.model)
+    for name, validation in VALIDATION.items():
+        total, weight = 0.0, 0.0
+        for batch in validation.batches(ROWS):
+            logits = model.logits(params, model.apply(params, batch.tokens)[0])
+            nll = -jax.nn.log_softmax(np.asarray(logits, np.float64))
+            nll = np.take_along_axis(np.asarray(nll), batch.targets[..., None], -1)[..., 0]
+            total += (batch.loss_weights * nll).sum()
+            weight += batch.loss_weights.sum()
+        last = [line for line in untimed(uninterrupted[0]) if "eval/loss" in line][-1]
+        assert last[f"eval/{name}/loss"] == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_a_lost_lock_ends_training_before_anything_is_saved(tmp_path):
+    class LostLock:
+        def require_held(self):
+            raise ValueError("was taken over")
+
+    with pytest.raises(ValueError, match="was taken over"):
+        run(tmp_path, lock=LostLock())
+    with Checkpointer(tmp_path, CONFIG.checkpoint, ROWS * S) as checkpoints:
+        assert checkpoints.steps() == []
+
+
+def test_the_log_says_which_attention_runs(tmp_path, capsys):
+    run(tmp_path)
+    assert "attention: folded\n" in capsys.readouterr().out
+
+
+def test_imported_params_are_not_resumed_from(tmp_path, uninterrupted):
+    _, params = restore_params(uninterrupted[0])
+    save_params(tmp_path, params, {"source": "elsewhere"})
+    with pytest.raises(ValueError, match=r"step 0 of .* holds params only.*use --resume=auto"):
+        run(tmp_path, resume="0")

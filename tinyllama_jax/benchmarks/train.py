@@ -7,7 +7,6 @@ backward, clipping by global norm, AdamW, and the loss brought to the host after
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from tinyllama_jax.benchmarks.rounds import Timing, interleave, ratio
 from tinyllama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from tinyllama_jax.conversion.names import entries
 from tinyllama_jax.data.batch import Batch
+from tinyllama_jax.data.workers import available_cores
 from tinyllama_jax.model.llama import Llama
 from tinyllama_jax.training.losses import NextToken
 from tinyllama_jax.training.optimizer import make_optimizer
@@ -59,9 +59,22 @@ class Result:
 
 
 def compare(
-    model: ModelConfig, *, rows: int, seq_len: int, rounds: int, against_torch: bool
+    model: ModelConfig,
+    *,
+    rows: int,
+    seq_len: int,
+    rounds: int,
+    against_torch: bool,
+    compiled: bool = True,
 ) -> Result:
     """Times one optimizer step of rows x seq_len random tokens.
+
+    Args:
+      model: the shape.
+      rows, seq_len: of the batch.
+      rounds: how often all contenders take their turn.
+      against_torch: Hugging Face's Llama under torch takes part.
+      compiled: and under torch.compile too.
 
     Raises:
       ValueError: the contenders do not compute the same losses.
@@ -82,7 +95,8 @@ def compare(
     if against_torch:
         weights = jax.device_get(state.params)
         contenders["torch eager"] = _torch_step(config, weights, ids, compiled=False)
-        contenders["torch.compile"] = _torch_step(config, weights, ids, compiled=True)
+        if compiled:
+            contenders["torch.compile"] = _torch_step(config, weights, ids, compiled=True)
     contenders = {OURS: _our_step(config, state, ids), **contenders}
     losses = {name: [step() for _ in range(_WARM_UP_STEPS)] for name, step in contenders.items()}
     for name, values in losses.items():
@@ -115,7 +129,7 @@ def _torch_step(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(available_cores())
     model, optimizer_config = config.model, config.optimizer
     hf_config = LlamaConfig(
         vocab_size=model.vocab_size, hidden_size=model.d_model, intermediate_size=model.d_ff,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from tinyllama_jax.config import ModelConfig
 from tinyllama_jax.conversion import hf_config, hf_tokenizer, names, shards
@@ -59,7 +60,7 @@ def _check_tied(reader: shards.Reader) -> None:
 def write(
     directory: pathlib.Path,
     config: ModelConfig,
-    params: Params,
+    leaves: Mapping[str, np.ndarray | jax.Array],
     tokenizer: Tokenizer | None,
     ids: hf_config.SpecialIds,
     *,
@@ -68,12 +69,13 @@ def write(
 ) -> None:
     """Writes a directory that transformers loads with `from_pretrained`.
 
-    Host memory holds one shard beside the params.
+    Host memory holds one shard and one of our leaves.
 
     Args:
       directory: an existing, empty directory.
       config: the model's config.
-      params: float32 params.
+      leaves: float32 params by path ("layers/attention/query"), each asked for once per shard that
+        it has a part in.
       tokenizer: its files are written too; None: none are.
       ids: what config.json names as BOS and EOS.
       dtype: of the weights on disk, one of `shards.DTYPES`.
@@ -89,20 +91,28 @@ def write(
     _write_json(directory / "generation_config.json", hf_config.generation_config(config, ids))
     if tokenizer is not None:
         hf_tokenizer.write(directory, tokenizer.model_proto, config.max_seq_len)
-    leaves = flatten_dict(params, sep="/")
     unknown = leaves.keys() - {row.path for row in names.rows(config)}
     if unknown:
         raise ValueError(f"a Hugging Face Llama has no place for the params {sorted(unknown)}")
-    for row in names.rows(config):
-        assert leaves[row.path].shape == row.shape(config), (row.path, leaves[row.path].shape)
-    entries = {entry.name: entry for entry in names.entries(config)}
-    shards.write(
-        directory,
-        {name: entry.row.their_shape(config) for name, entry in entries.items()},
-        shards.DTYPES[dtype],
-        lambda name: entries[name].take(leaves[entries[name].row.path], config),
-        max_shard_bytes,
-    )
+    # Leaf by leaf rather than layer by layer: so each is read once, and one is held.
+    order = {row.path: number for number, row in enumerate(names.rows(config))}
+    entries = {
+        entry.name: entry
+        for entry in sorted(names.entries(config), key=lambda entry: order[entry.row.path])
+    }
+
+    held: dict[str, np.ndarray] = {}  # the leaf of the tensor before
+
+    def tensor(name: str) -> np.ndarray:
+        row = entries[name].row
+        if row.path not in held:
+            held.clear()
+            held[row.path] = np.asarray(leaves[row.path])
+            assert held[row.path].shape == row.shape(config), (row.path, held[row.path].shape)
+        return entries[name].take(held[row.path], config)
+
+    shapes = {name: entry.row.their_shape(config) for name, entry in entries.items()}
+    shards.write(directory, shapes, shards.DTYPES[dtype], tensor, max_shard_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

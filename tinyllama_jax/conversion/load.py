@@ -123,12 +123,23 @@ def _load_hf(source: pathlib.Path) -> Loaded:
     )
 
 
-def _load_run(run: pathlib.Path, step: int | None) -> Loaded:
-    config = directory.read_config(run)
+def describe_run(run: pathlib.Path) -> tuple[Config, Tokenizer | None, SpecialIds]:
+    """What a run knows of its model besides the params.
+
+    Raises:
+      ValueError: `run` is no run directory.
+    """
+    directory.resolve_run(run)
+    if "model_type" in hf_config.read(run):
+        raise ValueError(f"{run} is a Hugging Face directory already; give a run directory")
     tokenizer = _tokenizer(run)
+    return directory.read_config(run), tokenizer, _run_ids(run, tokenizer)
+
+
+def _load_run(run: pathlib.Path, step: int | None) -> Loaded:
+    config, tokenizer, ids = describe_run(run)
     step, params = checkpoint.restore_params(run, step)
-    params = _to_device(params)
-    return Loaded(config, Llama(config.model), params, tokenizer, _run_ids(run, tokenizer), step)
+    return Loaded(config, Llama(config.model), _to_device(params), tokenizer, ids, step)
 
 
 def _to_device(params: Params) -> Params:

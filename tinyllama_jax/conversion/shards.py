@@ -91,7 +91,12 @@ class Reader:
 def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
     index = directory / INDEX
     if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
+        try:
+            weight_map = json.loads(index.read_bytes())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{index} is not an index of weights ({_pointer_or(index, 'no weight_map in it')})"
+            ) from error
         paths = [directory / name for name in sorted(set(weight_map.values()))]
         absent = [p.name for p in paths if not p.is_file() or p.parent != directory]
         if absent:
@@ -117,10 +122,15 @@ def _open(path: pathlib.Path):
     try:
         return safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:
-        with open(path, "rb") as file:
-            pointer = file.read(7) == b"version"
-        reason = "a Git-LFS pointer, not the file: run git lfs pull" if pointer else str(error)
-        raise ValueError(f"{path} is not a whole safetensors file ({reason})") from error
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({_pointer_or(path, str(error))})"
+        ) from error
+
+
+def _pointer_or(path: pathlib.Path, reason: str) -> str:
+    with open(path, "rb") as file:
+        pointer = file.read(7) == b"version"
+    return "a Git-LFS pointer, not the file: run git lfs pull" if pointer else reason
 
 
 def write(

@@ -164,13 +164,15 @@ class TrainingDataset:
         finally:
             reader.shutdown(cancel_futures=True)
 
-    def describe(self) -> str:
-        """One line per source: its size, what is left out of it, and its share of the rows."""
+    def describe(self, steps: int) -> str:
+        """One line per source: its size, what is left out of it, its share of the rows, and how
+        often a run of so many steps goes through it."""
+        epochs = self.epochs_at(steps)
         return "\n".join(
             f"{name}: {windows.stream.num_tokens:,} tokens in "
             f"{windows.stream.manifest.documents:,} documents, {len(windows):,} windows of "
             f"{self.seq_len} ({windows.left_out} tokens of the last, incomplete one left out), "
-            f"{share / 10_000:g}% of the rows"
+            f"{share / 10_000:g}% of the rows, {epochs[name]:.3g} epochs"
             for (name, windows), share in zip(
                 self.windows.items(), self._mixture.millionths, strict=True
             )
@@ -195,7 +197,7 @@ def _batch(ids: np.ndarray, loss_weights: np.ndarray) -> Batch:
 
 
 class ValidationDataset:
-    """The held-out split of one source, read from its beginning, the same every time.
+    """The held-out split of one source: windows spread evenly over it, the same every time.
 
     Args:
       stream: the validation split; at least two ids.
@@ -207,15 +209,23 @@ class ValidationDataset:
         self.stream = stream
         self.seq_len = seq_len
         targets = stream.num_tokens - 1
+        self._num_windows = -(-targets // seq_len)
         self.num_rows = -(-min(targets, max_tokens or targets) // seq_len)
 
     @property
     def num_targets(self) -> int:
         """Targets with loss weight 1 in all batches together."""
-        return min(self.num_rows * self.seq_len, self.stream.num_tokens - 1)
+        return sum(
+            min(self.seq_len, self.stream.num_tokens - 1 - self._start(row))
+            for row in range(self.num_rows)
+        )
+
+    def _start(self, row: int) -> int:
+        """Where a row begins in the stream: all windows in order, or as many at even distances."""
+        return row * self._num_windows // self.num_rows * self.seq_len
 
     def batches(self, rows: int) -> Iterator[Batch]:
-        """Yields batches `(rows, S)` of consecutive windows.
+        """Yields batches `(rows, S)` of windows.
 
         Unlike training it also reads the stream's last, incomplete window. The rest of that row,
         and the rows that fill up the last batch, hold zeros of loss weight 0.
@@ -224,7 +234,7 @@ class ValidationDataset:
             ids = np.zeros((rows, self.seq_len + 1), np.int32)
             loss_weights = np.zeros((rows, self.seq_len), np.float32)
             for row in range(min(rows, self.num_rows - first)):
-                start = (first + row) * self.seq_len
+                start = self._start(first + row)
                 count = min(self.seq_len + 1, self.stream.num_tokens - start)
                 ids[row, :count] = self.stream.read(start, count)
                 loss_weights[row, : count - 1] = 1

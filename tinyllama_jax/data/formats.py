@@ -8,6 +8,7 @@ file stores them.
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import pathlib
 import re
@@ -56,7 +57,7 @@ def read_jsonl(
             continue
         try:
             record = json.loads(_decode(line, repaired))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{where}: this line is not JSON ({error}): {line[:60]!r}; a file that was cut "
                 f"short while copying ends like this; repair or remove the line, then start again"
@@ -79,6 +80,9 @@ def read_parquet(
         with pyarrow.parquet.ParquetFile(path) as file:
             if text_key not in file.schema_arrow.names:
                 raise _no_such_key(path, text_key, file.schema_arrow.names)
+            kind = file.schema_arrow.field(text_key).type
+            if not _holds_text(kind):
+                raise _no_text(path, text_key, str(kind))
             rows = file.metadata.num_rows
             size = pathlib.Path(path).stat().st_size
             number = 0
@@ -89,8 +93,23 @@ def read_parquet(
                     yield number, _as_text(value, where, text_key, repaired)
                     number += 1
                 advance(size * len(batch) // max(rows, 1))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # the file system's, not the content's
         raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _holds_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    plain = kind.value_type if types.is_dictionary(kind) else kind
+    return any(
+        test(plain)
+        for test in (
+            types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
+            types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary, types.is_null,
+        )
+    )  # fmt: skip
 
 
 def tfds_size(name: str) -> tuple[str, int, int]:
@@ -142,11 +161,15 @@ def _as_text(value: Any, where: str, text_key: str, repaired: Repaired) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(
-            f'{where}: "{text_key}" is a {type(value).__name__}, not a text; '
-            f"set text_key of the source to the key that holds the document"
-        )
+        raise _no_text(where, text_key, type(value).__name__)
     return value
+
+
+def _no_text(where: str, text_key: str, kind: str) -> ValueError:
+    return ValueError(
+        f'{where}: "{text_key}" is of type {kind}, not a text; '
+        f"set text_key of the source to the key that holds the document"
+    )
 
 
 def _decode(content: bytes, repaired: Repaired) -> str:
@@ -208,17 +231,23 @@ def _without_mark(path: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
             f"{path} is UTF-16 text, which would be read as noise; "
             f"convert it with iconv -f UTF-16 -t UTF-8"
         )
-    yield first.removeprefix(_UTF8_MARK)
-    yield from chunks
+    for chunk in itertools.chain([first.removeprefix(_UTF8_MARK)], chunks):
+        if b"\0" in chunk:
+            raise ValueError(
+                f"{path} has bytes of value 0, so it is no plain text but a binary file, which "
+                f"would be read as noise; leave it out, or name the text files by a glob"
+            )
+        yield chunk
 
 
 def _chunks(path: str, advance: Advance) -> Iterator[bytes]:
     """The content of a file, decompressed according to its ending."""
     with open(path, "rb") as file:
         stored = iter(lambda: _read_chunk(file, advance), b"")
-        if path.endswith(".zst"):
+        ending = pathlib.Path(path).suffix.lower()
+        if ending == ".zst":
             yield from _decompressed(path, stored, _new_zstd)
-        elif path.endswith(".gz"):
+        elif ending == ".gz":
             yield from _decompressed(path, stored, _new_gzip)
         else:
             yield from stored
@@ -247,8 +276,10 @@ def _decompressed(
     import zstandard
 
     decompressor = None
+    empty = True
     try:
         for chunk in stored:
+            empty = False
             while chunk:
                 decompressor = decompressor or new_decompressor()
                 yield decompressor.decompress(chunk)
@@ -257,7 +288,7 @@ def _decompressed(
                     decompressor = None
     except (zstandard.ZstdError, zlib.error) as error:
         raise ValueError(f"{path} is damaged or not what its ending says: {error}") from error
-    if decompressor is not None:
+    if decompressor is not None or empty:
         raise ValueError(
             f"{path} ends in the middle of its compressed data: it was cut short; copy it again"
         )

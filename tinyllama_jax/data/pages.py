@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from tinyllama_jax.durable import sync_directory, write_durably
+
 PAGE_TOKENS = 8192
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_SUFFIX = ".documents"
@@ -154,7 +156,7 @@ class ShardWriter:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = os.fstat(file.fileno()).st_size
         os.replace(self._partial, self.path)
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
         return ShardEntry(
             file=self.path.name,
             inputs=tuple(self._inputs),
@@ -191,25 +193,6 @@ class ShardWriter:
 def documents_path(shard: pathlib.Path) -> pathlib.Path:
     """Where the document index of a shard stands."""
     return shard.with_name(shard.name + DOCUMENTS_SUFFIX)
-
-
-def write_durably(path: pathlib.Path, content: bytes) -> None:
-    """Replaces a file so that after a crash it holds either its old content or all of the new."""
-    partial = path.with_name(path.name + _PARTIAL_SUFFIX)
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(directory: pathlib.Path, manifest: Manifest) -> None:

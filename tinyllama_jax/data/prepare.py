@@ -5,8 +5,11 @@
                                     units/                   records of the finished units
 
 The hash covers everything that changes the bytes: tokenizer, boundary rule, reading settings, and
-the inputs by name and size, small corpora by content too. So another tokenizer or another file
-gives another directory, and the same ones are reused at once.
+the inputs by name and size, up to 64 MiB by content too. So another tokenizer or another file gives
+another directory, and the same ones are reused at once.
+
+A machine that trains needs the prepared directory alone: where the raw text is absent, the one that
+was prepared with the same settings is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -24,10 +26,9 @@ from tinyllama_jax.data.pages import (
     DamagedDataError,
     Manifest,
     read_manifest,
-    write_durably,
     write_manifest,
 )
-from tinyllama_jax.data.sources import Input, Tally, list_inputs
+from tinyllama_jax.data.sources import Input, MissingTextError, Tally, left_out, list_inputs
 from tinyllama_jax.data.units import (
     SPLITS,
     Unit,
@@ -37,7 +38,8 @@ from tinyllama_jax.data.units import (
     remove_abandoned_work,
     shard_is_there,
 )
-from tinyllama_jax.data.workers import run_units
+from tinyllama_jax.data.workers import available_cores, run_units
+from tinyllama_jax.durable import write_durably
 from tinyllama_jax.progress import Progress
 from tinyllama_jax.text.tokenizer import Tokenizer
 
@@ -47,12 +49,13 @@ _HASH_CONTENT_BYTES = 64 << 20  # corpora up to this size are known by their con
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """One source, and the units that make it."""
+    """One source, and the units that make it; none where its raw text is on another machine."""
 
     source: SourceConfig
     directory: pathlib.Path
-    identity: str  # JSON; the directory's name holds its hash
-    units: tuple[Unit, ...]
+    description: str = ""  # JSON: the identity, whose hash names the directory, and the path
+    units: tuple[Unit, ...] = ()
+    inputs: tuple[Input, ...] = ()
 
 
 def prepare_sources(
@@ -87,8 +90,10 @@ def prepare_sources(
     plans = [_plan(source, data, tokenizer) for source in data.sources]
     unfinished = [plan for plan in plans if not is_prepared(plan.directory)]
     for plan in unfinished:
+        if others := left_out(plan.source, plan.inputs):
+            print(f"{plan.source.name}: files left out, by ending: {others}", flush=True)
         make_directories(plan.directory)
-        write_durably(plan.directory / "source.json", plan.identity.encode())
+        write_durably(plan.directory / "source.json", plan.description.encode())
         remove_abandoned_work(plan.directory)
     waiting = [unit for plan in unfinished for unit in plan.units if read_record(unit) is None]
     waiting_bytes = sum(unit.bytes for unit in waiting)
@@ -100,7 +105,7 @@ def prepare_sources(
         )
     try:
         if waiting:
-            _run(waiting, unfinished, tokenizer, workers or len(os.sched_getaffinity(0)))
+            _run(waiting, unfinished, tokenizer, workers or available_cores())
     finally:
         for plan in unfinished:  # of workers that were stopped because another failed
             remove_abandoned_work(plan.directory)
@@ -109,11 +114,24 @@ def prepare_sources(
     return {plan.source.name: plan.directory for plan in plans}
 
 
-def prepared_directory(
+def examine_source(
     source: SourceConfig, data: DataConfig, tokenizer: Tokenizer
-) -> pathlib.Path:
-    """Where a source is prepared to; the name holds a hash of all that changes the bytes."""
-    return _plan(source, data, tokenizer).directory
+) -> tuple[pathlib.Path, bool, str]:
+    """Looks at a source without doing anything.
+
+    Returns:
+      Where it is prepared to (the name holds a hash of all that changes the bytes), whether it is
+      prepared already, and what it consists of.
+
+    Raises:
+      ValueError: as `prepare_sources`.
+    """
+    plan = _plan(source, data, tokenizer)
+    size = sum(entry.bytes for entry in plan.inputs)
+    text = (
+        f"{len(plan.inputs):,} inputs, {size / 1e6:,.1f} MB" if plan.inputs else "raw text absent"
+    )
+    return plan.directory, is_prepared(plan.directory), text
 
 
 def is_prepared(directory: pathlib.Path) -> bool:
@@ -138,15 +156,60 @@ def _require_boundary_ids(boundary: str, tokenizer: Tokenizer) -> None:
 
 
 def _plan(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> _Plan:
-    inputs = list_inputs(source)
-    identity = json.dumps(_identity(source, inputs, data.boundary, tokenizer), indent=1)
-    digest = hashlib.sha256(identity.encode()).hexdigest()
+    try:
+        inputs = list_inputs(source)
+    except MissingTextError as missing:
+        return _Plan(source, _prepared_before(source, data, tokenizer, missing))
+    identity = _identity(source, inputs, data.boundary, tokenizer)
+    digest = hashlib.sha256(json.dumps(identity, indent=1).encode()).hexdigest()
+    description = json.dumps(identity | {"path": source.path}, indent=1)
     directory = pathlib.Path(data.prepared).expanduser() / f"{source.name}-{digest[:12]}"
     units = tuple(
         Unit(index, source, group, data.boundary, str(directory))
         for index, group in enumerate(group_inputs(inputs))
     )
-    return _Plan(source, directory, identity, units)
+    return _Plan(source, directory, description, units, inputs)
+
+
+def _prepared_before(
+    source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, missing: MissingTextError
+) -> pathlib.Path:
+    """The one directory that was prepared of this path with these settings."""
+    expected = _settings_identity(source, data.boundary, tokenizer) | {"path": source.path}
+    found = []
+    for path in sorted(pathlib.Path(data.prepared).expanduser().glob(f"{source.name}-*")):
+        try:
+            identity = json.loads((path / "source.json").read_bytes())
+        except (OSError, ValueError):
+            continue
+        same = all(identity.get(key) == value for key, value in expected.items())
+        if same and source.format in ("auto", identity.get("format")) and is_prepared(path):
+            found.append(path)
+    if len(found) != 1:
+        several = ", ".join(map(str, found))
+        raise ValueError(
+            f"{missing}"
+            + (
+                f". Of it there are several prepared corpora, {several}: remove all but one"
+                if found
+                else f", or bring what was prepared of it to {data.prepared}"
+            )
+        ) from missing
+    print(f"{source.name}: its raw text is not here; taking {found[0]}", flush=True)
+    return found[0]
+
+
+def _settings_identity(source: SourceConfig, boundary: str, tokenizer: Tokenizer) -> dict:
+    """The settings that change the bytes."""
+    return {
+        "version": _VERSION,
+        "tokenizer_sha256": tokenizer.sha256,
+        "boundary": boundary,
+        "part": source.path if source.format == "embedded" else "",
+        "text_key": source.text_key,
+        "separator": source.separator,
+        "validation_fraction": source.validation_fraction,
+    }
 
 
 def _identity(
@@ -160,15 +223,8 @@ def _identity(
         if by_content and entry.format != "tfds":
             with open(entry.path, "rb") as file:
                 names.update(hashlib.file_digest(file, "sha256").digest())
-    return {
-        "version": _VERSION,
-        "tokenizer_sha256": tokenizer.sha256,
-        "boundary": boundary,
+    return _settings_identity(source, boundary, tokenizer) | {
         "format": inputs[0].format,
-        "part": source.path if source.format == "embedded" else "",
-        "text_key": source.text_key,
-        "separator": source.separator,
-        "validation_fraction": source.validation_fraction,
         "inputs": len(inputs),
         "inputs_sha256": names.hexdigest(),
     }
@@ -204,6 +260,11 @@ def _finish(plan: _Plan, data: DataConfig, tokenizer: Tokenizer) -> None:
     for record in records:
         tally.add(record.tally)
     _report(plan.source, tally)
+    if plan.source.separator and tally.documents <= len(plan.inputs):
+        print(
+            f"data.sources.{plan.source.name}.separator = {plan.source.separator!r} stands in none "
+            f"of the files, so each is one document; look at one of them"
+        )
     manifests = {
         split: Manifest(
             source=plan.source.name,

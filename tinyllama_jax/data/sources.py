@@ -19,6 +19,7 @@ import collections
 import dataclasses
 import glob
 import hashlib
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -38,6 +39,10 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Without a separator a plain text file is one document, so a source of few files might have none to
 # hold out. From this size on, the last part of each file is held out instead.
 _TAIL_HOLDOUT_CHARS = 1 << 18
+
+
+class MissingTextError(ValueError):
+    """The raw text of a source is not on this machine; the message names the path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +82,12 @@ class Tally:
 def list_inputs(source: SourceConfig) -> tuple[Input, ...]:
     """The inputs of a source, sorted by name.
 
-    With format "auto", a directory gives the files whose ending is known; with a named format all.
-    Hidden files are left out.
+    With format "auto", a directory gives the files whose ending is known; with a named format those
+    with its ending, or all where none has. Hidden files are left out; `left_out` tells of others.
 
     Raises:
-      ValueError: there are none, they are of several formats, or one is a Git-LFS pointer.
+      MissingTextError: nothing is there.
+      ValueError: there is no data, or of several formats, or a file is a Git-LFS pointer.
     """
     if source.format == "embedded":
         return _embedded_inputs(source)
@@ -91,10 +97,21 @@ def list_inputs(source: SourceConfig) -> tuple[Input, ...]:
     if source.format == "auto":
         inputs = _of_known_format(source, root, files)
     else:
-        inputs = [_file_input(root, file, source.format) for file in files]
+        named = [file for file in files if _format_of(file) == source.format] or files
+        inputs = [_file_input(root, file, source.format) for file in named]
     for entry in inputs:
         _refuse_lfs_pointer(entry)
     return tuple(inputs)
+
+
+def left_out(source: SourceConfig, inputs: tuple[Input, ...]) -> str:
+    """The files of a source's path that are no inputs, by their endings: "2 .json, 1 .xz"."""
+    if inputs[0].format in ("embedded", "tfds"):
+        return ""
+    read = {entry.path for entry in inputs}
+    others = [file for file in _find_files(source)[1] if str(file) not in read]
+    endings = collections.Counter(file.suffix or file.name for file in others)
+    return ", ".join(f"{count} {ending}" for ending, count in endings.most_common(8))
 
 
 def read_documents(source: SourceConfig, entry: Input, tally: Tally) -> Iterator[Document]:
@@ -129,7 +146,8 @@ def _read(
             yield record, document.text, document.validation
         advance(entry.bytes)
     elif entry.format == "text":
-        documents = formats.read_text(entry.path, source.separator, tally.repaired, advance)
+        separator = source.separator.replace("\\n", "\n")  # a command line has no line ends
+        documents = formats.read_text(entry.path, separator, tally.repaired, advance)
         for record, text in documents:
             tail = 0 if source.separator else _tail_start(text, source.validation_fraction)
             if tail:
@@ -171,7 +189,15 @@ def _find_files(source: SourceConfig) -> tuple[pathlib.Path, list[pathlib.Path]]
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
-        root, found = path, list(path.rglob("*"))
+        # Not rglob, which follows no links: a corpus is often a directory of them.
+        root, found = (
+            path,
+            [
+                pathlib.Path(folder, name)
+                for folder, _, names in os.walk(path, followlinks=True)
+                for name in names
+            ],
+        )
     elif glob.has_magic(source.path):
         fixed = [part for part in path.parts if not glob.has_magic(part)]
         root = pathlib.Path(*path.parts[: len(fixed)]) if path.parts else path
@@ -179,11 +205,11 @@ def _find_files(source: SourceConfig) -> tuple[pathlib.Path, list[pathlib.Path]]
             root = root.parent
         found = [pathlib.Path(name) for name in glob.glob(str(path), recursive=True)]
     else:
-        raise ValueError(f"{where} does not exist; set it to a file, a directory or a glob")
+        raise MissingTextError(f"{where} does not exist; set it to a file, a directory or a glob")
     files = [f for f in found if f.is_file() and not _hidden(f.relative_to(root))]
     if not files:
         kind = "holds no files" if path.is_dir() else "matches no files"
-        raise ValueError(f"{where} {kind}: there is nothing to read")
+        raise MissingTextError(f"{where} {kind}: there is nothing to read")
     return root, sorted(files, key=lambda f: f.relative_to(root).as_posix())
 
 

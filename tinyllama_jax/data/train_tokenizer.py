@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import io
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 
 from tinyllama_jax.config import SourceConfig
 from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
 
 _MAX_LINE_BYTES = 4192  # SentencePiece's default: what is longer is left out
+# As many characters as fit in any script, up to a space if there is one.
+_PARTS = re.compile(rf".{{1,{_MAX_LINE_BYTES // 4}}}(?= |$)|.{{1,{_MAX_LINE_BYTES // 4}}}")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -67,8 +70,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines that SentencePiece takes; longer ones are cut ahead of a space, where no piece lies."""
     for text in texts:
-        yield from filter(None, text.split("\n"))
+        for line in filter(None, text.split("\n")):
+            short = len(line) * 4 <= _MAX_LINE_BYTES or len(line.encode()) <= _MAX_LINE_BYTES
+            yield from [line] if short else _PARTS.findall(line)
 
 
 def _training_texts(source: SourceConfig) -> Iterator[str]:
@@ -92,13 +98,20 @@ def main() -> None:
 
     sources = [
         SourceConfig(
-            path=path, format=flags.format, text_key=flags.text_key, separator=flags.separator
+            name="tokenizer",
+            path=path,
+            format=flags.format,
+            text_key=flags.text_key,
+            separator=flags.separator,
         )
         for path in flags.path
     ]
     texts = (text for source in sources for text in _training_texts(source))
-    model = train_tokenizer(texts, flags.vocab_size)
-    pathlib.Path(flags.out).write_bytes(model)
+    try:
+        model = train_tokenizer(texts, flags.vocab_size)
+        pathlib.Path(flags.out).write_bytes(model)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
     print(f"{flags.out}: {flags.vocab_size} pieces, {len(model)} bytes")
     print(f'next: set config.data.tokenizer = "{flags.out}" and config.model.vocab_size')
 

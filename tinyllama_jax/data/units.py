@@ -23,8 +23,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from tinyllama_jax.config import SourceConfig
-from tinyllama_jax.data.pages import ShardEntry, ShardWriter, documents_path, write_durably
+from tinyllama_jax.data.pages import ShardEntry, ShardWriter, documents_path
 from tinyllama_jax.data.sources import Document, Input, Tally, read_documents
+from tinyllama_jax.durable import write_durably
 from tinyllama_jax.text.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
@@ -101,8 +102,8 @@ def read_record(unit: Unit) -> UnitRecord | None:
     """The record of a finished unit whose shards are still there; None: it is to be done."""
     try:
         record = UnitRecord.from_json(_record_path(unit).read_bytes())
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None  # a damaged record says nothing: the unit is done again
     for split, entry in record.shards.items():
         if not shard_is_there(pathlib.Path(unit.directory, split), entry):
             return None
@@ -183,6 +184,10 @@ def _write_documents(
         tokens = 0
         encoded = tokenizer.encode_batch([document.text for _, document in batch])
         for (input_name, document), ids in zip(batch, encoded, strict=True):
+            if not ids.size:  # a normalisation may leave nothing of a text
+                tally.documents -= 1
+                tally.skipped["documents without tokens"] += 1
+                continue
             split = "validation" if document.validation else "train"
             if split not in writers:
                 (work / split).mkdir()
@@ -213,18 +218,25 @@ def _batches(unit: Unit, tally: Tally) -> Iterator[list[tuple[str, Document]]]:
 
 @contextlib.contextmanager
 def _work_directory(unit: Unit) -> Iterator[pathlib.Path]:
-    path = pathlib.Path(
-        tempfile.mkdtemp(
-            prefix=f"{unit.index:05d}.{socket.gethostname()}.",
-            suffix=_WORK_SUFFIX,
-            dir=pathlib.Path(unit.directory, _RECORDS),
+    while True:
+        path = pathlib.Path(
+            tempfile.mkdtemp(
+                prefix=f"{unit.index:05d}.{socket.gethostname()}.",
+                suffix=_WORK_SUFFIX,
+                dir=pathlib.Path(unit.directory, _RECORDS),
+            )
         )
-    )
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # a disk without locks, where nothing is removed either
-            stack.enter_context(_locked(path))
-        yield path
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, path, ignore_errors=True)
+            try:
+                stack.enter_context(_locked(path))
+            except (BlockingIOError, FileNotFoundError):
+                continue  # another start took it for abandoned before it was locked
+            except OSError:
+                pass  # a disk without locks, where nothing is removed either
+            if path.exists():
+                yield path
+                return
 
 
 @contextlib.contextmanager

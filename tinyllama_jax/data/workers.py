@@ -31,6 +31,13 @@ _REPORT_SECONDS = 0.3
 _PACKAGE_PARENT = pathlib.Path(__file__).parents[2]
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
 def run_units(units: Sequence[Unit], tokenizer: Tokenizer, workers: int, advance: Advance) -> None:
     """Writes all units, `workers` at a time; `advance` is called from this thread.
 

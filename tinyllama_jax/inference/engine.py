@@ -69,9 +69,12 @@ class Engine:
         start = [] if self.start_id is None else [self.start_id]
         return start + self.tokenizer.encode(prompt)
 
-    def room(self, prompt: str | Sequence[int]) -> int:
-        """Tokens that the context still holds after a prompt."""
-        return max(0, self.model.config.max_seq_len - len(self.encode(prompt)))
+    def fitted(self, settings: SamplingConfig) -> SamplingConfig:
+        """The settings, with as many new tokens as the context holds after their prompt at most."""
+        room = self.model.config.max_seq_len - len(self.encode(settings.prompt))
+        return dataclasses.replace(
+            settings, max_new_tokens=min(settings.max_new_tokens, max(1, room))
+        )
 
     def generate(
         self,
@@ -176,10 +179,11 @@ class _Row:
         self._held = ""  # text that may turn out to begin a stop string
         self._decoder = None
         if engine.tokenizer is not None:
-            # The prompt goes first: whether a piece's leading space is text depends on it.
+            self._pieces = engine.tokenizer.vocab_size
             self._decoder = engine.tokenizer.stream_decoder()
+            # The prompt goes first: whether a piece's leading space is text depends on it.
             for token in prompt:
-                self._decoder.add(token)
+                self._decode(token)
 
     def add(self, token: int, last: bool) -> tuple[str, Completion | None]:
         """Takes the next token; returns the text it makes certain, and the completion at the end.
@@ -191,8 +195,7 @@ class _Row:
         if token in self._eos_ids:
             return self._end("eos")
         self._tokens.append(token)
-        if self._decoder is not None:
-            self._held += self._decoder.add(token)
+        self._held += self._decode(token)
         found = _first(self._held, self._stop)
         if found >= 0:
             self._held = self._held[:found]
@@ -200,6 +203,13 @@ class _Row:
         if last:
             return self._end("length")
         return self._tell(len(self._held) - _open_stop(self._held, self._stop)), None
+
+    def _decode(self, token: int) -> str:
+        """What a token adds to the text; nothing where the model has more ids than the tokenizer
+        has pieces, as after padding a vocabulary or adding tokens to it."""
+        if self._decoder is None or token >= self._pieces:
+            return ""
+        return self._decoder.add(token)
 
     def _end(self, finish: str) -> tuple[str, Completion]:
         if self._decoder is not None:

@@ -13,23 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from tinyllama_jax.config import SamplingConfig
+from tinyllama_jax.config_rules import sampling_problems
 
 
-def check(config: SamplingConfig) -> None:
+def check(settings: SamplingConfig) -> None:
     """Raises ValueError, with every setting that is out of range."""
-    problems = [
-        f"{name} = {getattr(config, name)} must {rule}"
-        for name, ok, rule in (
-            ("max_new_tokens", config.max_new_tokens >= 1, "be at least 1"),
-            ("temperature", config.temperature >= 0, "not be negative (0: greedy)"),
-            ("top_k", config.top_k >= 0, "not be negative (0: off)"),
-            ("top_p", 0 < config.top_p <= 1, "be in (0, 1] (1: off)"),
-            ("min_p", 0 <= config.min_p <= 1, "be in [0, 1] (0: off)"),
-            ("repetition_penalty", config.repetition_penalty > 0, "be greater than 0 (1: off)"),
-        )
-        if not ok
-    ]
-    if problems:
+    if problems := sampling_problems(settings):
         raise ValueError("sampling settings out of range: " + "; ".join(problems))
 
 

@@ -81,13 +81,8 @@ def _weighted_sum_forward(x, unembedding, targets, weights, z_loss, chunk):
         nll_total += jnp.sum(weights * nll)
         # d nll / d logits = softmax - onehot;  d lse^2 / d logits = 2 lse softmax
         scale = weights * (1 + 2 * z_loss * lse)
-        hit = targets[:, None] == jnp.arange(logits.shape[-1])[None, :]
-        dlogits = jnp.exp(logits - lse[:, None]) * scale[:, None]
-        dlogits = (dlogits - jnp.where(hit, weights[:, None], 0)).astype(x.dtype)
-        dx = jax.lax.dot_general(dlogits, matrix, (((1,), (1,)), ((), ())))
-        # Transposed apart: XLA:CPU runs a product that contracts axis 0 of both on one thread here.
-        xt = jax.lax.optimization_barrier(x.T)
-        dmatrix += jnp.matmul(xt, dlogits, preferred_element_type=jnp.float32)
+        dx, dchunk = _chunk_gradients(x, matrix, logits, lse, targets, scale, weights)
+        dmatrix += dchunk
         return (total, nll_total, dmatrix), dx
 
     zero = jnp.float32(0)
@@ -118,15 +113,50 @@ def token_logps(
     """
     chunk = chunk_tokens or default_chunk_tokens()
     B, S, D = hidden.shape
-    matrix = unembedding.astype(hidden.dtype)
+    flat = _token_logps(hidden.reshape(-1, D), unembedding, targets.reshape(-1), chunk)
+    return flat.reshape(B, S)
 
-    @jax.checkpoint
-    def chunk_logps(rows):
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_logps(x, unembedding, targets, chunk):
+    return _token_logps_forward(x, unembedding, targets, chunk)[0]
+
+
+def _token_logps_forward(x, unembedding, targets, chunk):
+    matrix = unembedding.astype(x.dtype)
+
+    def chunk_losses(rows):
         x, targets = rows
-        return -_chunk_losses(x, matrix, targets)[2]
+        _, lse, nll = _chunk_losses(x, matrix, targets)
+        return lse, -nll
 
-    chunks = _split(chunk, hidden.reshape(-1, D), targets.reshape(-1))
-    return jax.lax.map(chunk_logps, chunks).reshape(-1)[: B * S].reshape(B, S)
+    lse, logps = jax.lax.map(chunk_losses, _split(chunk, x, targets))
+    count = x.shape[0]
+    lse, logps = lse.reshape(-1)[:count], logps.reshape(-1)[:count]
+    return logps, (x, unembedding, targets, lse)
+
+
+def _token_logps_backward(chunk, residuals, dlogps):
+    x, unembedding, targets, lse = residuals
+    matrix = unembedding.astype(x.dtype)
+
+    def add_chunk(dmatrix, rows):
+        x, targets, lse, dlogps = rows
+        logits = jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+        # logp is minus nll, so both weights are minus its cotangent.
+        dx, dchunk = _chunk_gradients(x, matrix, logits, lse, targets, -dlogps, -dlogps)
+        return dmatrix + dchunk, dx
+
+    dmatrix, dx = jax.lax.scan(
+        add_chunk,
+        jnp.zeros(unembedding.shape, jnp.float32),
+        _split(chunk, x, targets, lse, dlogps),
+    )
+    dx = dx.reshape(-1, x.shape[-1])[: x.shape[0]]
+    return dx, dmatrix.astype(unembedding.dtype), None
+
+
+_token_logps.defvjp(_token_logps_forward, _token_logps_backward)
 
 
 def _chunk_losses(x, matrix, targets):
@@ -135,6 +165,20 @@ def _chunk_losses(x, matrix, targets):
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return logits, lse, lse - picked
+
+
+def _chunk_gradients(x, matrix, logits, lse, targets, softmax_weight, target_weight):
+    """dx `(C, D)` and dW `(D, V)` float32 of a chunk's loss.
+
+    Its dlogits are `softmax_weight * softmax - target_weight * onehot`; the weights are `(C,)`.
+    """
+    hit = targets[:, None] == jnp.arange(logits.shape[-1])[None, :]
+    dlogits = jnp.exp(logits - lse[:, None]) * softmax_weight[:, None]
+    dlogits = (dlogits - jnp.where(hit, target_weight[:, None], 0)).astype(x.dtype)
+    dx = jax.lax.dot_general(dlogits, matrix, (((1,), (1,)), ((), ())))
+    # Transposed apart: XLA:CPU runs a product that contracts axis 0 of both on one thread here.
+    xt = jax.lax.optimization_barrier(x.T)
+    return dx, jnp.matmul(xt, dlogits, preferred_element_type=jnp.float32)
 
 
 def _split(chunk, *arrays):

@@ -114,7 +114,7 @@ class _Transformer(nn.Module):
         lengths = None if cache is None else cache.lengths
         kv = None if cache is None else (cache.k, cache.v)
         layers = nn.scan(
-            _remat(_Layer, c.remat),
+            _remat(_Layer, c.remat, in_loop=0 < c.scan_unroll < c.num_layers),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -220,8 +220,12 @@ def _output_normal(config: ModelConfig):
     return nn.initializers.normal(1 / math.sqrt(config.d_model) / config.num_layers)
 
 
-def _remat(layer, policy: str):
-    """Wraps a layer so that its backward pass recomputes what the policy does not save."""
+def _remat(layer, policy: str, in_loop: bool):
+    """Wraps a layer so that its backward pass recomputes what the policy does not save.
+
+    Outside a loop the compiler sees both passes at once and would merge what is computed again with
+    what was computed before, so nothing would be freed: there it is kept from doing so.
+    """
     policies = jax.checkpoint_policies
     attention_only = policies.save_only_these_names("attention_out", "attention_lse")
     if policy == "none":
@@ -233,4 +237,4 @@ def _remat(layer, policy: str):
             policies.dots_with_no_batch_dims_saveable, attention_only
         ),
     }[policy]
-    return nn.remat(layer, policy=saved, prevent_cse=False)
+    return nn.remat(layer, policy=saved, prevent_cse=not in_loop)

@@ -11,17 +11,20 @@ separate parts of a step: generation and conversion read the params alone.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from tinyllama_jax.config import CheckpointConfig
@@ -208,6 +211,49 @@ class Checkpointer:
         )
 
 
+class StoredParams(Mapping[str, np.ndarray]):
+    """The params of a step by path ("layers/attention/query"), each read when it is asked for.
+
+    The files were verified when the step was chosen; each array is verified when it is read
+    (`DamagedError`). Nothing is kept.
+    """
+
+    def __init__(self, directory: Path, content: dict[str, Any]):
+        self._directory, self._content = directory, content
+        self.step = int(directory.name)
+        self._abstract = flatten_dict(parts.abstract_params(content), sep="/")
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        gc.collect()  # Orbax leaves what it read in a cycle of references
+        abstract: dict[str, Any] = dict.fromkeys(self._abstract, ocp.PLACEHOLDER)
+        abstract[path] = parts.abstract_numpy(self._abstract[path])
+        try:
+            found = ocp.load_checkpointables(
+                self._directory, {"params": unflatten_dict(abstract, sep="/")}
+            )
+        except (OSError, ValueError) as error:
+            raise integrity.DamagedError(f"{path} cannot be read: {_first_line(error)}") from error
+        array = flatten_dict(found["params"], sep="/")[path]
+        integrity.verify_arrays({f"params/{path}": array}, self._content)
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._abstract)
+
+    def __len__(self) -> int:
+        return len(self._abstract)
+
+
+def open_params(run_dir: Path, step: int | None = None) -> StoredParams:
+    """The params of a run, to be read one by one; arguments and errors as `restore_params`."""
+
+    def open_step(directory: Path, content: dict[str, Any]) -> StoredParams:
+        integrity.verify_files(directory, content, parts=["params"])
+        return StoredParams(directory, content)
+
+    return _of_run(run_dir, step, open_step)
+
+
 def restore_params(run_dir: Path, step: int | None = None) -> tuple[int, PyTree]:
     """Reads and verifies the params of a run, without its optimizer state.
 
@@ -221,12 +267,16 @@ def restore_params(run_dir: Path, step: int | None = None) -> tuple[int, PyTree]
     Raises:
       ValueError: there is no such step, or no good one, with the reason.
     """
-    directory = Path(run_dir).resolve() / CHECKPOINTS
 
     def read(directory: Path, content: dict[str, Any]) -> tuple[int, PyTree]:
         params = parts.abstract_params(content)
         return int(directory.name), _read(directory, content, {"params": params})["params"]
 
+    return _of_run(run_dir, step, read)
+
+
+def _of_run(run_dir: Path, step: int | None, read: Any) -> Any:
+    directory = Path(run_dir).resolve() / CHECKPOINTS
     found = _newest_good(directory, step, read)
     if found is None:
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from tinyllama_jax.config import Config, differences, freeze, to_dict
-from tinyllama_jax.runs.integrity import write_durably
+from tinyllama_jax.durable import write_durably
 from tinyllama_jax.runs.metrics import METRICS
 
 CONFIG = "config.json"

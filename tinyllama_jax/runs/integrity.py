@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinyllama_jax.durable import write_durably
+
 SEAL = "integrity.json"
 _FORMAT = 1
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -178,30 +180,6 @@ def verify_arrays(arrays: Mapping[str, Any], content: Mapping[str, Any]) -> None
     wrong = [name for name in arrays if int(prints[name]) != sealed[name]["fingerprint"]]
     if wrong:
         raise DamagedError(f"{_listed(wrong)} was restored with other bits than were saved")
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: temporary name, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames within a directory survive a power failure."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _serialize(content: Mapping[str, Any]) -> bytes:

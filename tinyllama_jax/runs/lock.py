@@ -1,12 +1,14 @@
 """One writer per run directory.
 
-LOCK names its holder (host, pid) and a counter that the holder raises every 15 seconds. On the same
-machine the pid decides whether the holder lives; from another machine the counter does, since
-clocks differ. There is no `flock`: network disks do not keep it.
+LOCK names its holder (host, pid) and a counter that the holder raises every 15 seconds; on a full
+disk it only touches the file. On the same machine the pid decides whether the holder lives; from
+another machine the counter does, since clocks differ. There is no `flock`: network disks do not
+keep it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -96,7 +98,7 @@ class RunLock:
         else:
             _say(f"{self._path} is held by {_described(holder)}; watching for "
                  f"{_WATCH_SECONDS:.0f} s whether it lives")  # fmt: skip
-            alive = self._counter_moves(holder)
+            alive = self._beats(holder)
         if alive:
             raise ValueError(
                 f"{self._path.parent} is being written by {_described(holder)}. Two writers would "
@@ -116,8 +118,10 @@ class RunLock:
             _say(f"taking over {self._path} from {_described(holder)}, which no longer runs")
         stale.unlink()
 
-    def _counter_moves(self, holder: dict[str, Any]) -> bool:
+    def _beats(self, holder: dict[str, Any]) -> bool:
+        """Whether the holder raises its counter or, its disk being full, touches the LOCK."""
         deadline = time.monotonic() + _WATCH_SECONDS
+        touched = self._touched()
         while time.monotonic() < deadline:
             time.sleep(min(1.0, _BEAT_SECONDS))
             now = _read(self._path)
@@ -125,7 +129,15 @@ class RunLock:
                 return False
             if (now["token"], now["counter"]) != (holder["token"], holder["counter"]):
                 return True
+            if self._touched() != touched:
+                return True
         return False
+
+    def _touched(self) -> int:
+        try:
+            return self._path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def _is_ours(self) -> bool:
         holder = _read(self._path)
@@ -140,8 +152,9 @@ class RunLock:
                 temporary = self._path.with_name(f"{LOCK}.{self._entry['token']}")
                 temporary.write_text(json.dumps(self._entry))
                 os.replace(temporary, self._path)
-            except OSError:
-                continue  # a full disk or a slow server: the next beat tries again
+            except OSError:  # a full disk or a slow server: the next beat tries again
+                with contextlib.suppress(OSError):
+                    os.utime(self._path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -176,9 +189,19 @@ def _machine() -> str:
 
 def _process_start(pid: int) -> str:
     """When a process started, in clock ticks since boot, as pids are used again; "" if unknown."""
+    return _stat_field(pid, 22)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process waits only for its parent to notice its end, as in containers for ever."""
+    return _stat_field(pid, 3) in ("Z", "X")
+
+
+def _stat_field(pid: int, number: int) -> str:
+    """A field of stat(5), counted from 1 as there; "" if unknown."""
     try:
-        # Field 22 of stat(5); the second field, the name, may itself hold spaces and brackets.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        # The second field, the name, may itself hold spaces and brackets.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[number - 3]
     except (OSError, IndexError):
         return ""
 
@@ -192,7 +215,7 @@ def _is_running(pid: int, process_start: str) -> bool:
         return False
     except PermissionError:
         pass  # another user's process
-    return _process_start(pid) == process_start
+    return _process_start(pid) == process_start and not _has_ended(pid)
 
 
 def _say(text: str) -> None:

@@ -167,6 +167,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: no training step of this run was logged yet")
     lines = path.read_bytes().split(b"\n")[:-1]
+    if not lines:
+        raise ValueError(f"{path} is empty: no training step of this run was logged yet")
     records = [_decoded(line) for line in lines]
     for number, record in enumerate(records, start=1):
         if record is None:

@@ -79,6 +79,12 @@ def require_same_arrays(
         for name in sorted(saved.keys() | now.keys())
         if saved.get(name) != now.get(name)
     ]
+    resumes = any(name.startswith("training/") for name in expected)
+    if resumes and not any(name.startswith("training/") for name in saved):
+        raise ValueError(
+            f"step {directory.name} of {directory.parent} holds params only, which training starts "
+            f"from but does not resume from; use --resume=auto"
+        )
     if problems:
         shown = "".join(f"\n  - {problem}" for problem in problems[:12])
         more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from tinyllama_jax.durable import sync_directory
 from tinyllama_jax.runs import integrity
 
 _TRANSIENT = re.compile(r"\d+\.(unsealed|replaced|removed)")
@@ -56,7 +57,7 @@ def publish(directory: Path, step: int) -> None:
     if final.exists():
         final.rename(replaced)
     unsealed.rename(final)
-    integrity.sync_directory(directory)
+    sync_directory(directory)
     if replaced.exists():
         shutil.rmtree(replaced)
 

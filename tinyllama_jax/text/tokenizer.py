@@ -106,11 +106,6 @@ class Tokenizer:
         """A decoder to which ids are given one by one, for text that is shown as it comes."""
         return StreamDecoder(self._piece_texts, self._check_id, self._strips_leading_space)
 
-    def id_to_piece(self, token_id: int) -> str:
-        """The piece as the model writes it, a space as U+2581 and a byte as <0x0A>."""
-        self._check_id(token_id)
-        return self._processor.id_to_piece(token_id)
-
     def _check_id(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(

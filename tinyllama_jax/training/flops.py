@@ -8,7 +8,9 @@ from tinyllama_jax.model.llama import parameter_count
 # Dense bfloat16 peaks in FLOP/s, from the vendors' data sheets, by a part of jax's device_kind.
 PEAK_FLOPS = {
     "A100": 312e12,
-    "H100": 989.5e12,
+    "H100 PCIe": 756.5e12,
+    "H100 NVL": 835.5e12,
+    "H100": 989.5e12,  # SXM; the first name that fits counts
     "H200": 989.5e12,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import jax
 
 from tinyllama_jax.config import Config
 from tinyllama_jax.data.batch import Batch
+from tinyllama_jax.kernels.attention import api as attention
 from tinyllama_jax.model.llama import Llama
 from tinyllama_jax.progress import Progress
 from tinyllama_jax.runs.checkpoint import Checkpointer
@@ -84,10 +86,13 @@ def train(
         ) as checkpoints,
         MetricsWriter(run_dir, tensorboard=config.logging.tensorboard) as writer,
     ):
-        state = init_state(model, optimizer, config.training.seed)
-        state = _resumed(state, resume, checkpoints, writer, data)
-        if int(state.step) == 0 and (params := checkpoints.restore_initial_params(state.params)):
-            state = init_state(model, optimizer, config.training.seed, params)
+        # The fresh state is not made before it is known to be needed: beside the restored one it
+        # would double the memory.
+        fresh = functools.partial(init_state, model, optimizer, config.training.seed)
+        shapes = jax.eval_shape(fresh)
+        state = _resumed(shapes, resume, checkpoints, writer, data)
+        if state is None:
+            state = fresh(checkpoints.restore_initial_params(shapes.params))
         start = int(state.step)
         if start >= total_steps:
             print(f"step {start} of {total_steps}: the token budget is spent")
@@ -95,7 +100,9 @@ def train(
 
         began = time.perf_counter()
         compiled_step = step_fn.lower(state, data.batch_at(start)).compile()
-        print(f"compiled the train step in {time.perf_counter() - began:.1f} s", flush=True)
+        seconds = time.perf_counter() - began
+        name = config.model.attention.replace("auto", attention.resolve(training_pass=True))
+        print(f"compiled the train step in {seconds:.1f} s, attention: {name}", flush=True)
 
         timer = StepTimer(config)
         with (
@@ -157,26 +164,27 @@ def train(
 
 
 def _resumed(
-    state: TrainState,
+    shapes: TrainState,
     resume: str,
     checkpoints: Checkpointer,
     writer: MetricsWriter,
     data: TrainingData,
-) -> TrainState:
-    """The state to go on from: the fresh one, or the one that `resume` names."""
+) -> TrainState | None:
+    """The state that `resume` names, to go on from; None: the run starts."""
     if resume == "never":
         if any(checkpoints.steps()):  # step 0 holds params that the run was given to start from
             raise ValueError(
                 f"--resume=never, but the run has checkpoints of {checkpoints.steps()}, which "
                 "would be overwritten; name another --workdir, or remove the old run"
             )
-        return state
+        writer.rewind(0)  # of a start that ended before its first save
+        return None
     if resume != "auto" and not resume.isdecimal():
         raise ValueError(f'--resume="{resume}" is not auto, never or the number of a step')
-    restored = checkpoints.restore(state, step=None if resume == "auto" else int(resume))
+    restored = checkpoints.restore(shapes, step=None if resume == "auto" else int(resume))
     if restored is None:
         writer.rewind(0)
-        return state
+        return None
     saved, now = restored.metadata.get("data_fingerprint"), data.fingerprint(restored.step)
     if saved is not None and saved != now:
         raise ValueError(

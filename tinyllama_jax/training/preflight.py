@@ -11,7 +11,10 @@ from importlib import metadata
 
 import jax
 
-from tinyllama_jax.config import Config, validate
+from tinyllama_jax.config import Config, SourceConfig
+from tinyllama_jax.config_rules import validate
+from tinyllama_jax.data.prepare import examine_source
+from tinyllama_jax.data.workers import available_cores
 from tinyllama_jax.model.llama import Llama, parameter_count
 from tinyllama_jax.text.tokenizer import Tokenizer
 
@@ -56,7 +59,7 @@ def _devices() -> list[Finding]:
     memory = _device_memory()
     findings = [Finding("devices", f"{text}, {_bytes(memory)} each" if memory else text)]
     if jax.default_backend() == "cpu":
-        findings[0] = Finding("devices", f"{text}, {len(os.sched_getaffinity(0))} cores")
+        findings[0] = Finding("devices", f"{text}, {available_cores()} cores")
         if pathlib.Path("/proc/driver/nvidia/version").exists():
             findings.append(
                 Finding("devices", "this machine has an NVIDIA driver but jax found no GPU: run "
@@ -72,7 +75,7 @@ def _devices() -> list[Finding]:
 
 
 def examine(config: Config, run_dir: pathlib.Path) -> list[Finding]:
-    """Settings, tokenizer, batch arithmetic, learning rate, memory and disk of a run."""
+    """Settings, tokenizer, text, batch arithmetic, learning rate, memory and disk of a run."""
     try:
         tokenizer = Tokenizer(config.data.tokenizer)
     except ValueError as error:
@@ -91,10 +94,27 @@ def examine(config: Config, run_dir: pathlib.Path) -> list[Finding]:
             Finding("tokenizer", f"model.vocab_size = {config.model.vocab_size} leaves {unused} "
                     "embedding rows that no piece uses", "warning")
         )  # fmt: skip
+    findings += [_source(source, config, tokenizer) for source in config.data.sources]
     parameters = parameter_count(config.model)
     findings += [_batch(config, parameters), *_learning_rate(config)]
-    findings += [*_precision(config), _memory(parameters), _disk(config, parameters, run_dir)]
+    findings += [
+        *_precision(config),
+        *_remat(config),
+        _memory(parameters),
+        _disk(config, parameters, run_dir),
+    ]
     return findings
+
+
+def _source(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> Finding:
+    subject = f"source {source.name}"
+    try:
+        directory, prepared, text = examine_source(source, config.data, tokenizer)
+    except ValueError as error:
+        return Finding(subject, str(error), "problem")
+    return Finding(
+        subject, f"{text}, {'prepared' if prepared else 'to be prepared'} in {directory}"
+    )
 
 
 def _batch(config: Config, parameters: int) -> Finding:
@@ -140,6 +160,18 @@ def _precision(config: Config) -> list[Finding]:
                     "set model.compute_dtype to auto", "warning")
         ]  # fmt: skip
     return [Finding("precision", f"params and optimizer float32, compute {dtype}")]
+
+
+def _remat(config: Config) -> list[Finding]:
+    model = config.model
+    unrolled = (model.scan_unroll or model.num_layers) == model.num_layers
+    if model.remat != "none" and unrolled and jax.default_backend() == "cpu":
+        return [
+            Finding("remat", f'model.remat = "{model.remat}" frees nothing on CPU where the layers '
+                    "are unrolled: XLA:CPU merges what is computed again with what was computed "
+                    "before; set model.scan_unroll = 1", "warning")
+        ]  # fmt: skip
+    return []
 
 
 def _memory(parameters: int) -> Finding:

@@ -1,0 +1,54 @@
+"""The benchmark of the train step: what it prints, and that it checks before it times."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tinyllama_jax import bench
+from tinyllama_jax.benchmarks import train
+from tinyllama_jax.benchmarks.rounds import Timing, interleave, ratio
+from tinyllama_jax.model.presets import PRESETS
+
+ARGUMENTS = ["train", "--preset", "tiny_debug", "--rows", "2", "--seq-len", "16", "--rounds", "2"]
+
+
+def test_ours_alone(tmp_path, capsys):
+    bench.main([*ARGUMENTS, "--json", str(tmp_path / "figures.json")])
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("ours")]
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert line.endswith("1.00x") and row["ours_is_faster_by"] == 1
+    assert 0 < row["least"] <= row["tokens_per_second"] <= row["most"]
+    assert row["last_warm_up_loss"] < row["first_loss"]
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(ValueError, match=r'--preset "huge" is not one of .*tinyllama_1b'):
+        bench.main(["train", "--preset", "huge"])
+
+
+def test_beside_torch():
+    pytest.importorskip("torch", reason="needs the [parity] extra")
+    pytest.importorskip("transformers", reason="needs the [parity] extra")
+    result = train.compare(
+        PRESETS["tiny_debug"], rows=2, seq_len=16, rounds=1, against_torch=True, compiled=False
+    )
+    assert set(result.losses) == {"ours", "torch eager"}
+    np.testing.assert_allclose(result.losses["ours"], result.losses["torch eager"], atol=1e-4)
+
+
+def test_contenders_that_compute_something_else_are_not_timed(monkeypatch):
+    monkeypatch.setattr(train, "_torch_step", lambda *_, **__: lambda: 3.21)
+    with pytest.raises(ValueError, match="do not compute the same thing"):
+        train.compare(PRESETS["tiny_debug"], rows=2, seq_len=16, rounds=1, against_torch=True)
+
+
+def test_contenders_take_turns():
+    order = []
+    timings = interleave(
+        {name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, calls=2
+    )
+    assert order == ["a", "a", "b", "b"] * 2
+    assert [len(timing.seconds) for timing in timings.values()] == [2, 2]
+    assert ratio(Timing((1.0, 2.0, 4.0)), Timing((2.0, 6.0, 4.0))) == 2.0
