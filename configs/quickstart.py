@@ -2,8 +2,9 @@
 
 Command:   python -m tinyllama_jax.train --config=configs/quickstart.py
 Hardware:  2 CPU cores
-Time:      2 minutes 16 seconds on 2 cores of an AMD EPYC (AVX2), preparing and compiling included
-Loss:      validation 8.517 before, 4.733 nats after 500 steps (text 4.854, code 4.450)
+Time:      50 seconds on 2 cores of an AMD EPYC with AVX-512, 2 minutes 16 seconds on 2 of one with
+           AVX2 only; preparing and compiling included
+Loss:      validation 8.515 before, 4.689 nats after 500 steps (text 4.855, code 4.302)
 """
 
 import dataclasses
