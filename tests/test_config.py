@@ -260,7 +260,8 @@ def test_numbers_may_be_written_naturally():
 
 def test_differences_tell_what_matters_from_what_does_not():
     text = next(s for s in TINY.data.sources if s.name == "text")
-    text = dataclasses.replace(text, validation_fraction=0.2, path="moved/text")
+    text = dataclasses.replace(text, validation_fraction=0.2, path="moved")
+    books = dataclasses.replace(BOOKS, path="moved/*.txt")
     now = changed(
         optimizer__learning_rate=0.5, model__scan_unroll=1, data__prepared="/elsewhere",
         checkpoint__keep_last=7, data__sources=(BOOKS, text), data__tokenizer="moved.model",
@@ -269,17 +270,21 @@ def test_differences_tell_what_matters_from_what_does_not():
     assert matters == [
         "data.sources.books: none -> there",
         "data.sources.code: there -> none",
+        "data.sources.text.path: 'text' -> 'moved'",  # another part of the embedded corpus
         "data.sources.text.validation_fraction: 0.005 -> 0.2",
         "optimizer.learning_rate: 0.01 -> 0.5",
     ]
     assert harmless == [
         "model.scan_unroll: 0 -> 1",
-        "data.sources.text.path: 'text' -> 'moved/text'",
         "data.tokenizer: '' -> 'moved.model'",
         "data.prepared: 'prepared' -> '/elsewhere'",
         "checkpoint.keep_last: 2 -> 7",
     ]
     assert differences(TINY, TINY) == ([], [])
+    before, after = (changed(data__sources=(source,)) for source in (BOOKS, books))
+    assert differences(before, after) == (
+        [], ["data.sources.books.path: 'books/*.txt' -> 'moved/*.txt'"],
+    )  # fmt: skip
 
 
 def test_what_a_resumed_run_may_change():

@@ -224,7 +224,6 @@ def _build(cls: Any, tree: Mapping[str, Any], path: str, problems: list[str]) ->
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = _build(hints[key], value, f"{path}.{key}", problems)
         elif key == "sources":
-            # Sorted by name, so that the order of the mixture does not hang on the file's layout.
             values[key] = _build_sources(value, f"{path}.sources", problems)
         else:
             values[key] = _coerce(value, hints[key], f"{path}.{key}", problems)
@@ -284,7 +283,9 @@ def differences(saved: Config, now: Config) -> tuple[list[str], list[str]]:
             elif field.name == "sources":
                 walk_sources({s.name: s for s in x}, {s.name: s for s in y}, name)
             elif x != y:
-                lines = harmless if field.metadata.get("may_change") else matters
+                embedded = getattr(b, "format", "") == "embedded"  # whose path names its part
+                free = field.metadata.get("may_change") and not embedded
+                lines = harmless if free else matters
                 lines.append(f"{name}: {x!r} -> {y!r}")
 
     def walk_sources(a: dict[str, SourceConfig], b: dict[str, SourceConfig], path: str) -> None:

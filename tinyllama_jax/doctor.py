@@ -34,7 +34,9 @@ def main(argv: list[str]) -> None:
     print(f"\nproblems: {problems}, warnings: {warnings}")
     if problems:
         sys.exit(1)
-    settings = door.settings_given() or "--config=configs/quickstart.py"
+    settings = "--config=configs/quickstart.py"
+    if _CONFIG.value is not None:
+        settings = door.settings_given()
     print(f"next: python -m tinyllama_jax.train {settings}")
 
 

@@ -44,10 +44,10 @@ def settings_given() -> str:
     """The flags of this command line that name or change the config, to be given again."""
     given, take_next = [], False
     for argument in sys.argv[1:]:
-        name, _, value = argument.lstrip("-").partition("=")
+        name, equals, _ = argument.lstrip("-").partition("=")
         if take_next or (argument.startswith("-") and name.split(".")[0] in ("config", "workdir")):
             given.append(argument)
-            take_next = not take_next and not value
+            take_next = not take_next and not equals
     return shlex.join(given)
 
 

@@ -25,7 +25,9 @@ class Progress:
         self._total, self._unit, self._done, self._initial = total, unit, initial, initial
         self._interval, self._started = interval, time.monotonic()
         self._last_line, self._note = self._started, ""
-        self._scale = scale
+        # One for all lines, by the total.
+        prefixes = [("", 1)] + [("k", 10**3), ("M", 10**6), ("G", 10**9)] * scale
+        self._prefix = next(p for p in reversed(prefixes) if p[1] <= max(total, 1))
         self._bar = None
         if not self._plain:
             from tqdm import tqdm
@@ -70,14 +72,12 @@ class Progress:
         of = f"/{self._count(self._total)}" if self._total else ""
         left = f", {_clock((self._total - self._done) / rate)} left" if self._total and rate else ""
         note = f", {self._note}" if self._note else ""
-        print(f"{self._count(self._done)}{of} {self._unit}{note}{left}", flush=True)
+        print(
+            f"{self._count(self._done)}{of} {self._prefix[0]}{self._unit}{note}{left}", flush=True
+        )
 
     def _count(self, count: int) -> str:
-        if self._scale:
-            for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-                if count >= size:
-                    return f"{count / size:.1f} {unit}"
-        return str(count)
+        return f"{count / self._prefix[1]:.1f}" if self._prefix[0] else str(count)
 
 
 def _clock(seconds: float) -> str:

@@ -47,9 +47,9 @@ def main(argv: list[str]) -> None:
     tokenizer = Tokenizer(config.data.tokenizer)
     run_dir.mkdir(parents=True, exist_ok=True)
     with RunLock(run_dir) as lock:
+        directory.keep_tokenizer(run_dir, tokenizer.model_proto)
         directory.check_same_run(run_dir, config)
         directory.record_environment(run_dir)
-        directory.keep_tokenizer(run_dir, tokenizer.model_proto)
 
         prepared = prepare_sources(config.data, max_bytes=_PREPARE_BYTES)
         datasets = open_datasets(config, prepared, tokenizer.sha256)

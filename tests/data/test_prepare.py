@@ -236,7 +236,7 @@ def test_the_directory_follows_everything_that_changes_the_bytes(small, tmp_path
         name(of_source(validation_fraction=0.2)),
         name(of_source(path=str(small / "part-0[01].jsonl"))),
         name(dataclasses.replace(base, boundary="eos")),
-        name(of_source(format="text")),
+        name(of_source(format="text", path=str(small / "*.jsonl"))),
         name(dataclasses.replace(base, tokenizer=str(another))),
     ]
     assert len(set(names)) == len(names)
@@ -262,12 +262,16 @@ def test_the_raw_text_is_not_needed_where_it_was_prepared(small, tmp_path, capfd
     for changed in (
         dataclasses.replace(data, boundary="eos"),
         dataclasses.replace(data, prepared=str(tmp_path / "elsewhere")),
-        config(tmp_path / "rwa", tmp_path / "prepared"),  # misspelt, not brought elsewhere
     ):
         with pytest.raises(ValueError, match=r"\" does not exist.*or bring what was prepared"):
             prepare.prepare_sources(changed, workers=1)
+    misspelt = config(tmp_path / "rwa", tmp_path / "prepared")  # must not give another's text
+    with pytest.raises(ValueError, match=r"rwa\" does not exist.* is .* of path '.*raw': set path"):
+        prepare.prepare_sources(misspelt, workers=1)
     shutil.copytree(directory, directory.with_name("books-copy"))
-    with pytest.raises(ValueError, match=r"several prepared corpora.*remove all but one"):
+    with pytest.raises(
+        ValueError, match=r"Several corpora were prepared of it.*remove all but one"
+    ):
         prepare.prepare_sources(data, workers=1)
     shutil.rmtree(directory.with_name("books-copy"))
     (directory / "train" / pages.MANIFEST_FILE).unlink()  # not prepared to the end
@@ -383,7 +387,10 @@ def test_a_separator_that_is_not_there_is_said(tmp_path, capfd):
     )
     data = DataConfig(sources=(source,), prepared=str(tmp_path))
     prepare.prepare_sources(data, workers=1)
-    assert "separator = '<|end|>' stands in none of the files" in capfd.readouterr().out
+    assert (
+        "separator = '<|end|>' gave no more documents than there are files"
+        in capfd.readouterr().out
+    )
 
 
 def test_no_validation_is_said(tmp_path, capfd):

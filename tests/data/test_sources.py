@@ -61,13 +61,16 @@ def test_an_unknown_ending_needs_a_format(tmp_path):
     assert texts(tmp_path, format="text") == ["hello"]
 
 
-def test_a_named_format_takes_its_endings_or_else_all(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", ["data"])
+def test_a_named_format_takes_all_but_endings_of_others(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    write_jsonl(tmp_path / "b.records", ["two"])
     (tmp_path / "README.md").write_text("what this is")
-    assert texts(tmp_path, format="jsonl") == ["data"]
-    (tmp_path / "a.jsonl").rename(tmp_path / "a.records")
-    (tmp_path / "README.md").unlink()
-    assert texts(tmp_path, format="jsonl") == ["data"]
+    assert texts(tmp_path, format="jsonl") == ["one", "two"]
+    assert texts(tmp_path / "*.records", format="jsonl") == ["two"]
+    assert texts(tmp_path / "README.md", format="text") == ["what this is"]
+    with pytest.raises(ValueError, match='holds no file of format "parquet"'):
+        (tmp_path / "b.records").unlink()
+        texts(tmp_path, format="parquet")
 
 
 def test_what_is_left_out_is_told(tmp_path):
@@ -75,7 +78,8 @@ def test_what_is_left_out_is_told(tmp_path):
         (tmp_path / name).write_text(name)
     for settings in ({}, {"format": "text"}):
         source = SourceConfig(path=str(tmp_path), **settings)
-        assert left_out(source, list_inputs(source)) == "2 .rst, 1 .xz"
+        expected = "2 .rst, 1 .xz" if not settings else ""
+        assert left_out(source, list_inputs(source)) == expected
 
 
 def test_directories_are_read_through_links(tmp_path):
@@ -83,6 +87,8 @@ def test_directories_are_read_through_links(tmp_path):
     (tmp_path / "elsewhere" / "a.txt").write_text("hello")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "corpus")
     assert texts(tmp_path / "corpus") == ["hello"]
 
 
@@ -93,7 +99,7 @@ def test_endings_are_read_in_any_case(tmp_path):
 
 def test_a_binary_file_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    with pytest.raises(ValueError, match=r"a\.txt has bytes of value 0.*no plain text"):
+    with pytest.raises(ValueError, match=r"a\.txt begins with bytes of value 0.*no plain text"):
         texts(tmp_path)
 
 

@@ -74,8 +74,7 @@ def write(
     Args:
       directory: an existing, empty directory.
       config: the model's config.
-      leaves: float32 params by path ("layers/attention/query"), each asked for once per shard that
-        it has a part in.
+      leaves: float32 params by path ("layers/attention/query"), each asked for once.
       tokenizer: its files are written too; None: none are.
       ids: what config.json names as BOS and EOS.
       dtype: of the weights on disk, one of `shards.DTYPES`.

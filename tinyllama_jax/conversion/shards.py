@@ -92,12 +92,12 @@ def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
     index = directory / INDEX
     if index.exists():
         try:
-            weight_map = json.loads(index.read_bytes())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            files = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{index} is not an index of weights ({_pointer_or(index, 'no weight_map in it')})"
             ) from error
-        paths = [directory / name for name in sorted(set(weight_map.values()))]
+        paths = [directory / name for name in sorted(files)]
         absent = [p.name for p in paths if not p.is_file() or p.parent != directory]
         if absent:
             raise ValueError(

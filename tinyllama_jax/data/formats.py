@@ -8,7 +8,6 @@ file stores them.
 from __future__ import annotations
 
 import collections
-import itertools
 import json
 import pathlib
 import re
@@ -231,13 +230,13 @@ def _without_mark(path: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
             f"{path} is UTF-16 text, which would be read as noise; "
             f"convert it with iconv -f UTF-16 -t UTF-8"
         )
-    for chunk in itertools.chain([first.removeprefix(_UTF8_MARK)], chunks):
-        if b"\0" in chunk:
-            raise ValueError(
-                f"{path} has bytes of value 0, so it is no plain text but a binary file, which "
-                f"would be read as noise; leave it out, or name the text files by a glob"
-            )
-        yield chunk
+    if b"\0" in first:
+        raise ValueError(
+            f"{path} begins with bytes of value 0 among others, so it is no plain text but a "
+            f"binary file, read as noise; leave it out, or name the text files by a glob"
+        )
+    yield first.removeprefix(_UTF8_MARK)
+    yield from chunks
 
 
 def _chunks(path: str, advance: Advance) -> Iterator[bytes]:

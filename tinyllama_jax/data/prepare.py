@@ -88,6 +88,11 @@ def prepare_sources(
     tokenizer = Tokenizer(data.tokenizer)
     _require_boundary_ids(data.boundary, tokenizer)
     plans = [_plan(source, data, tokenizer) for source in data.sources]
+    for plan in plans:
+        if not plan.inputs:
+            print(
+                f"{plan.source.name}: its raw text is not here; taking {plan.directory}", flush=True
+            )
     unfinished = [plan for plan in plans if not is_prepared(plan.directory)]
     for plan in unfinished:
         if others := left_out(plan.source, plan.inputs):
@@ -175,8 +180,9 @@ def _prepared_before(
     source: SourceConfig, data: DataConfig, tokenizer: Tokenizer, missing: MissingTextError
 ) -> pathlib.Path:
     """The one directory that was prepared of this path with these settings."""
-    expected = _settings_identity(source, data.boundary, tokenizer) | {"path": source.path}
-    found = []
+    expected = _settings_identity(source, data.boundary, tokenizer)
+    found: list[pathlib.Path] = []
+    of_other_paths: list[str] = []
     for path in sorted(pathlib.Path(data.prepared).expanduser().glob(f"{source.name}-*")):
         try:
             identity = json.loads((path / "source.json").read_bytes())
@@ -184,19 +190,21 @@ def _prepared_before(
             continue
         same = all(identity.get(key) == value for key, value in expected.items())
         if same and source.format in ("auto", identity.get("format")) and is_prepared(path):
-            found.append(path)
-    if len(found) != 1:
+            if identity.get("path") == source.path:
+                found.append(path)
+            else:
+                of_other_paths.append(f"{path} of path {identity.get('path')!r}")
+    if len(found) == 1:
+        return found[0]
+    if found:
         several = ", ".join(map(str, found))
-        raise ValueError(
-            f"{missing}"
-            + (
-                f". Of it there are several prepared corpora, {several}: remove all but one"
-                if found
-                else f", or bring what was prepared of it to {data.prepared}"
-            )
-        ) from missing
-    print(f"{source.name}: its raw text is not here; taking {found[0]}", flush=True)
-    return found[0]
+        advice = f". Several corpora were prepared of it, {several}: remove all but one"
+    elif of_other_paths:
+        listed = ", ".join(of_other_paths)
+        advice = f". Prepared with the same settings is {listed}: set path to that to take it"
+    else:
+        advice = f", or bring what was prepared of it to {data.prepared}"
+    raise ValueError(f"{missing}{advice}") from missing
 
 
 def _settings_identity(source: SourceConfig, boundary: str, tokenizer: Tokenizer) -> dict:
@@ -262,8 +270,8 @@ def _finish(plan: _Plan, data: DataConfig, tokenizer: Tokenizer) -> None:
     _report(plan.source, tally)
     if plan.source.separator and tally.documents <= len(plan.inputs):
         print(
-            f"data.sources.{plan.source.name}.separator = {plan.source.separator!r} stands in none "
-            f"of the files, so each is one document; look at one of them"
+            f"data.sources.{plan.source.name}.separator = {plan.source.separator!r} gave no more "
+            f"documents than there are files; look at one of them"
         )
     manifests = {
         split: Manifest(

@@ -3,9 +3,9 @@
 What happens to bad input, and nothing else is ever left out:
 
     stops, with file and line    malformed JSON, a missing text key or column, a value that is no
-                                 text, a truncated or foreign file, UTF-16, a Git-LFS pointer, a
-                                 directory without data
-    skipped and counted          a document that is empty or all white space
+                                 text, a truncated or foreign file, a binary file or UTF-16 in place
+                                 of text, a Git-LFS pointer, a directory without data
+    skipped and counted          a document that is empty, all white space, or without tokens
     repaired and counted         bytes that are no UTF-8, and lone surrogates: each becomes U+FFFD,
                                  since one bad byte is no reason to lose a long document
 
@@ -82,8 +82,8 @@ class Tally:
 def list_inputs(source: SourceConfig) -> tuple[Input, ...]:
     """The inputs of a source, sorted by name.
 
-    With format "auto", a directory gives the files whose ending is known; with a named format those
-    with its ending, or all where none has. Hidden files are left out; `left_out` tells of others.
+    With format "auto", a directory gives the files whose ending is known; with a named format all
+    but those whose ending tells of another. Hidden files are left out; `left_out` tells of others.
 
     Raises:
       MissingTextError: nothing is there.
@@ -97,8 +97,18 @@ def list_inputs(source: SourceConfig) -> tuple[Input, ...]:
     if source.format == "auto":
         inputs = _of_known_format(source, root, files)
     else:
-        named = [file for file in files if _format_of(file) == source.format] or files
-        inputs = [_file_input(root, file, source.format) for file in named]
+        # Of a directory; a glob or a file says itself what is meant.
+        given = not pathlib.Path(source.path).expanduser().is_dir()
+        inputs = [
+            _file_input(root, file, source.format)
+            for file in files
+            if given or _format_of(file) in ("", source.format)
+        ]
+        if not inputs:
+            raise ValueError(
+                f'data.sources.{source.name}.path = "{source.path}" holds no file of format '
+                f'"{source.format}"; set data.sources.{source.name}.format to what is there'
+            )
     for entry in inputs:
         _refuse_lfs_pointer(entry)
     return tuple(inputs)
@@ -189,15 +199,7 @@ def _find_files(source: SourceConfig) -> tuple[pathlib.Path, list[pathlib.Path]]
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
-        # Not rglob, which follows no links: a corpus is often a directory of them.
-        root, found = (
-            path,
-            [
-                pathlib.Path(folder, name)
-                for folder, _, names in os.walk(path, followlinks=True)
-                for name in names
-            ],
-        )
+        root, found = path, list(_files_below(path, {os.path.realpath(path)}))
     elif glob.has_magic(source.path):
         fixed = [part for part in path.parts if not glob.has_magic(part)]
         root = pathlib.Path(*path.parts[: len(fixed)]) if path.parts else path
@@ -211,6 +213,20 @@ def _find_files(source: SourceConfig) -> tuple[pathlib.Path, list[pathlib.Path]]
         kind = "holds no files" if path.is_dir() else "matches no files"
         raise MissingTextError(f"{where} {kind}: there is nothing to read")
     return root, sorted(files, key=lambda f: f.relative_to(root).as_posix())
+
+
+def _files_below(directory: pathlib.Path, seen: set[str]) -> Iterator[pathlib.Path]:
+    """Files of a directory, links followed, but no directory entered twice: links may lead around.
+
+    Hidden directories are left out.
+    """
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        path = directory / entry.name
+        if not entry.is_dir():
+            yield path
+        elif not entry.name.startswith(".") and (real := os.path.realpath(path)) not in seen:
+            seen.add(real)
+            yield from _files_below(path, seen)
 
 
 def _hidden(path: pathlib.Path) -> bool:

@@ -102,7 +102,7 @@ def read_record(unit: Unit) -> UnitRecord | None:
     """The record of a finished unit whose shards are still there; None: it is to be done."""
     try:
         record = UnitRecord.from_json(_record_path(unit).read_bytes())
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None  # a damaged record says nothing: the unit is done again
     for split, entry in record.shards.items():
         if not shard_is_there(pathlib.Path(unit.directory, split), entry):

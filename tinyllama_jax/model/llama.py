@@ -224,7 +224,8 @@ def _remat(layer, policy: str, in_loop: bool):
     """Wraps a layer so that its backward pass recomputes what the policy does not save.
 
     Outside a loop the compiler sees both passes at once and would merge what is computed again with
-    what was computed before, so nothing would be freed: there it is kept from doing so.
+    what was computed before, so nothing would be freed: there it is kept from doing so (XLA:CPU
+    does it all the same).
     """
     policies = jax.checkpoint_policies
     attention_only = policies.save_only_these_names("attention_out", "attention_lse")

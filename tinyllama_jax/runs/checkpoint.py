@@ -232,7 +232,10 @@ class StoredParams(Mapping[str, np.ndarray]):
                 self._directory, {"params": unflatten_dict(abstract, sep="/")}
             )
         except (OSError, ValueError) as error:
-            raise integrity.DamagedError(f"{path} cannot be read: {_first_line(error)}") from error
+            reason = f"{path} cannot be read: {_first_line(error)}"
+            if not self._directory.exists():
+                reason = f"training removed step {self.step} meanwhile; start again for a newer one"
+            raise integrity.DamagedError(reason) from error
         array = flatten_dict(found["params"], sep="/")[path]
         integrity.verify_arrays({f"params/{path}": array}, self._content)
         return array

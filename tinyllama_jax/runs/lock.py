@@ -44,6 +44,7 @@ class RunLock:
             "token": secrets.token_hex(8),
             "counter": 0,
         }
+        self._temporary = self._path.with_name(f"{LOCK}.{self._entry['token']}")
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
 
@@ -64,6 +65,7 @@ class RunLock:
             self._beating.join()
         if self._is_ours():
             self._path.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)  # of a last beat on a full disk
 
     def require_held(self) -> None:
         """Checks that nobody has taken the run over, as happens to a process that slept for long.
@@ -82,14 +84,13 @@ class RunLock:
 
     def _create(self) -> bool:
         """Puts the whole LOCK in place, unless there is one; a link is atomic on network disks."""
-        temporary = self._path.with_name(f"{LOCK}.{self._entry['token']}")
-        temporary.write_text(json.dumps(self._entry))
+        self._temporary.write_text(json.dumps(self._entry))
         try:
-            os.link(temporary, self._path)
+            os.link(self._temporary, self._path)
         except FileExistsError:
             return False
         finally:
-            temporary.unlink()
+            self._temporary.unlink()
         return True
 
     def _refuse_or_take_over(self, holder: dict[str, Any]) -> None:
@@ -149,9 +150,8 @@ class RunLock:
                 if not self._is_ours():
                     return  # taken over; `require_held` says so
                 self._entry["counter"] += 1
-                temporary = self._path.with_name(f"{LOCK}.{self._entry['token']}")
-                temporary.write_text(json.dumps(self._entry))
-                os.replace(temporary, self._path)
+                self._temporary.write_text(json.dumps(self._entry))
+                os.replace(self._temporary, self._path)
             except OSError:  # a full disk or a slow server: the next beat tries again
                 with contextlib.suppress(OSError):
                     os.utime(self._path)

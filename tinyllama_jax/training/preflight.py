@@ -110,7 +110,7 @@ def _source(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> Findi
     subject = f"source {source.name}"
     try:
         directory, prepared, text = examine_source(source, config.data, tokenizer)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         return Finding(subject, str(error), "problem")
     return Finding(
         subject, f"{text}, {'prepared' if prepared else 'to be prepared'} in {directory}"
