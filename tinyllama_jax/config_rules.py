@@ -57,7 +57,7 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
     positive("logging", config.logging, "every_steps")
     problems += [f"sampling.{problem}" for problem in sampling_problems(config.sampling)]
     one_of("model.compute_dtype", m.compute_dtype, ("auto", "float32", "bfloat16"))
-    one_of("model.attention", m.attention, ("auto", "reference", "folded"))
+    one_of("model.attention", m.attention, ("auto", "reference", "folded", "flash", "cudnn"))
     one_of("model.remat", m.remat, ("none", "dots", "attention", "full"))
     one_of("data.boundary", d.boundary, ("bos+eos", "bos", "eos"))
     one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "wsd"))

@@ -7,6 +7,10 @@ over chunks of tokens. They differ in what the backward pass needs:
   pass: dx and dW are made there, chunk by chunk, and the logits are computed once.
 - `token_logps` returns one number per token, whose factors only the backward pass knows: it
   computes each chunk's logits again.
+
+Under a mesh each device walks over its own tokens and its own part of the vocabulary. The output
+matrix is gathered over `fsdp` once, ahead of the loop and already in the compute dtype, and dW,
+summed in float32, is reduce-scattered once behind it; in the loop only numbers per token travel.
 """
 
 from __future__ import annotations
@@ -16,10 +20,21 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from tinyllama_jax.kernels import mesh, target
+from tinyllama_jax.kernels.mesh import P
 
-def default_chunk_tokens(platform: str | None = None) -> int:
-    """Tokens per chunk that each backend runs well (512 was the fastest on CPU at V = 4096)."""
-    return 512 if (platform or jax.default_backend()) == "cpu" else 4096
+_MATRIX = P("fsdp", mesh.TENSOR)  # (D, V)
+_ROWS = P(mesh.BATCH)  # (B, S) and (B, S, D)
+
+
+def default_chunk_tokens() -> int:
+    """Tokens per chunk that the target runs well.
+
+    On CPU 512 was the fastest at V = 4096. On GPUs 2048: a larger chunk holds more logits, a
+    smaller one reads and writes the float32 dW more often (chosen by the compiler's memory
+    analysis, not yet by time).
+    """
+    return 512 if target.current().platform == "cpu" else 2048
 
 
 def weighted_sum(
@@ -39,60 +54,69 @@ def weighted_sum(
       targets: `(B, S)` int32.
       weights: `(B, S)` float32.
       z_loss: weight of the squared log-partition (arXiv 2204.02311, section 5).
-      chunk_tokens: tokens whose logits exist at once; 0: `default_chunk_tokens()`.
+      chunk_tokens: tokens whose logits exist at once on a device; 0: `default_chunk_tokens()`.
 
     Returns:
       Two float32 scalars: `sum(w * (nll + z_loss * lse^2))` in nats, which is differentiable in
       hidden and unembedding, and `sum(w * nll)`, for reporting, which is not.
+
+    Raises:
+      ValueError: a mesh is set over which B, D or V do not divide.
     """
+    _check(hidden, unembedding)
     chunk = chunk_tokens or default_chunk_tokens()
-    D = hidden.shape[-1]
-    return _weighted_sum(
-        hidden.reshape(-1, D), unembedding, targets.reshape(-1), weights.reshape(-1), z_loss, chunk
-    )
+    return _weighted_sum(hidden, unembedding, targets, weights, z_loss, chunk)
+
+
+def _check(hidden: jax.Array, unembedding: jax.Array) -> None:
+    mesh.require_divisible("batch", hidden.shape[0], mesh.BATCH)
+    mesh.require_divisible("model.d_model", unembedding.shape[0], ("fsdp",))
+    mesh.require_divisible("model.vocab_size", unembedding.shape[1], (mesh.TENSOR,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _weighted_sum(x, unembedding, targets, weights, z_loss, chunk):
-    matrix = unembedding.astype(x.dtype)
+def _weighted_sum(hidden, unembedding, targets, weights, z_loss, chunk):
+    def local(hidden, unembedding, targets, weights):
+        matrix = _gathered(unembedding, hidden.dtype)
 
-    def add_chunk(sums, rows):
-        x, targets, weights = rows
-        _, lse, nll = _chunk_losses(x, matrix, targets)
-        total, nll_total = sums
-        return (
-            total + jnp.sum(weights * (nll + z_loss * lse**2)),
-            nll_total + jnp.sum(weights * nll),
-        ), None
+        def add_chunk(sums, rows):
+            x, targets, weights = rows
+            _, lse, nll = _chunk_losses(x, matrix, targets)
+            return _add_losses(sums, lse, nll, weights, z_loss), None
 
-    sums, _ = jax.lax.scan(add_chunk, (jnp.float32(0), jnp.float32(0)),
-                           _split(chunk, x, targets, weights))  # fmt: skip
-    return sums
+        zero = jnp.float32(0)
+        sums, _ = jax.lax.scan(add_chunk, (zero, zero), _split(chunk, hidden, targets, weights))
+        return _over_rows(sums)
+
+    run = mesh.shard(local, (_ROWS, _MATRIX, _ROWS, _ROWS), (P(), P()))
+    return run(hidden, unembedding, targets, weights)
 
 
-def _weighted_sum_forward(x, unembedding, targets, weights, z_loss, chunk):
-    matrix = unembedding.astype(x.dtype)
+def _weighted_sum_forward(hidden, unembedding, targets, weights, z_loss, chunk):
+    def local(hidden, unembedding, targets, weights):
+        matrix = _gathered(unembedding, hidden.dtype)
 
-    def add_chunk(carry, rows):
-        x, targets, weights = rows
-        total, nll_total, dmatrix = carry
-        logits, lse, nll = _chunk_losses(x, matrix, targets)
-        total += jnp.sum(weights * (nll + z_loss * lse**2))
-        nll_total += jnp.sum(weights * nll)
-        # d nll / d logits = softmax - onehot;  d lse^2 / d logits = 2 lse softmax
-        scale = weights * (1 + 2 * z_loss * lse)
-        dx, dchunk = _chunk_gradients(x, matrix, logits, lse, targets, scale, weights)
-        dmatrix += dchunk
-        return (total, nll_total, dmatrix), dx
+        def add_chunk(carry, rows):
+            x, targets, weights = rows
+            sums, dmatrix = carry
+            logits, lse, nll = _chunk_losses(x, matrix, targets)
+            sums = _add_losses(sums, lse, nll, weights, z_loss)
+            # d nll / d logits = softmax - onehot;  d lse^2 / d logits = 2 lse softmax
+            scale = weights * (1 + 2 * z_loss * lse)
+            dx, dchunk = _chunk_gradients(x, matrix, logits, lse, targets, scale, weights)
+            return (sums, dmatrix + dchunk), dx
 
-    zero = jnp.float32(0)
-    (total, nll_total, dmatrix), dx = jax.lax.scan(
-        add_chunk,
-        (zero, zero, jnp.zeros(unembedding.shape, jnp.float32)),
-        _split(chunk, x, targets, weights),
-    )
-    dx = dx.reshape(-1, x.shape[-1])[: x.shape[0]]
-    return (total, nll_total), (dx, dmatrix.astype(unembedding.dtype))
+        zero = jnp.float32(0)
+        (sums, dmatrix), dx = jax.lax.scan(
+            add_chunk,
+            ((zero, zero), jnp.zeros(matrix.shape, jnp.float32)),
+            _split(chunk, hidden, targets, weights),
+        )
+        return _over_rows(sums), _joined(dx, hidden), _scattered(dmatrix, unembedding.dtype)
+
+    run = mesh.shard(local, (_ROWS, _MATRIX, _ROWS, _ROWS), ((P(), P()), _ROWS, _MATRIX))
+    sums, dx, dmatrix = run(hidden, unembedding, targets, weights)
+    return sums, (dx, dmatrix)
 
 
 def _weighted_sum_backward(z_loss, chunk, residuals, cotangents):
@@ -109,62 +133,122 @@ def token_logps(
 ) -> jax.Array:
     """Log-probability of each token's target: `(B, S)` float32, in nats.
 
-    Args as for `weighted_sum`; differentiable in hidden and unembedding.
+    Args and errors as for `weighted_sum`; differentiable in hidden and unembedding.
     """
-    chunk = chunk_tokens or default_chunk_tokens()
-    B, S, D = hidden.shape
-    flat = _token_logps(hidden.reshape(-1, D), unembedding, targets.reshape(-1), chunk)
-    return flat.reshape(B, S)
+    _check(hidden, unembedding)
+    return _token_logps(hidden, unembedding, targets, chunk_tokens or default_chunk_tokens())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_logps(x, unembedding, targets, chunk):
-    return _token_logps_forward(x, unembedding, targets, chunk)[0]
+def _token_logps(hidden, unembedding, targets, chunk):
+    return _token_logps_forward(hidden, unembedding, targets, chunk)[0]
 
 
-def _token_logps_forward(x, unembedding, targets, chunk):
-    matrix = unembedding.astype(x.dtype)
+def _token_logps_forward(hidden, unembedding, targets, chunk):
+    def local(hidden, unembedding, targets):
+        matrix = _gathered(unembedding, hidden.dtype)
 
-    def chunk_losses(rows):
-        x, targets = rows
-        _, lse, nll = _chunk_losses(x, matrix, targets)
-        return lse, -nll
+        def chunk_losses(rows):
+            x, targets = rows
+            _, lse, nll = _chunk_losses(x, matrix, targets)
+            return lse, -nll
 
-    lse, logps = jax.lax.map(chunk_losses, _split(chunk, x, targets))
-    count = x.shape[0]
-    lse, logps = lse.reshape(-1)[:count], logps.reshape(-1)[:count]
-    return logps, (x, unembedding, targets, lse)
+        lse, logps = jax.lax.map(chunk_losses, _split(chunk, hidden, targets))
+        return _joined(logps, targets), _joined(lse, targets)
+
+    run = mesh.shard(local, (_ROWS, _MATRIX, _ROWS), (_ROWS, _ROWS))
+    logps, lse = run(hidden, unembedding, targets)
+    return logps, (hidden, unembedding, targets, lse)
 
 
 def _token_logps_backward(chunk, residuals, dlogps):
-    x, unembedding, targets, lse = residuals
-    matrix = unembedding.astype(x.dtype)
+    def local(hidden, unembedding, targets, lse, dlogps):
+        matrix = _gathered(unembedding, hidden.dtype)
 
-    def add_chunk(dmatrix, rows):
-        x, targets, lse, dlogps = rows
-        logits = jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
-        # logp is minus nll, so both weights are minus its cotangent.
-        dx, dchunk = _chunk_gradients(x, matrix, logits, lse, targets, -dlogps, -dlogps)
-        return dmatrix + dchunk, dx
+        def add_chunk(dmatrix, rows):
+            x, targets, lse, dlogps = rows
+            logits = jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+            # logp is minus nll, so both weights are minus its cotangent.
+            dx, dchunk = _chunk_gradients(x, matrix, logits, lse, targets, -dlogps, -dlogps)
+            return dmatrix + dchunk, dx
 
-    dmatrix, dx = jax.lax.scan(
-        add_chunk,
-        jnp.zeros(unembedding.shape, jnp.float32),
-        _split(chunk, x, targets, lse, dlogps),
-    )
-    dx = dx.reshape(-1, x.shape[-1])[: x.shape[0]]
-    return dx, dmatrix.astype(unembedding.dtype), None
+        dmatrix, dx = jax.lax.scan(
+            add_chunk,
+            jnp.zeros(matrix.shape, jnp.float32),
+            _split(chunk, hidden, targets, lse, dlogps),
+        )
+        return _joined(dx, hidden), _scattered(dmatrix, unembedding.dtype)
+
+    run = mesh.shard(local, (_ROWS, _MATRIX, _ROWS, _ROWS, _ROWS), (_ROWS, _MATRIX))
+    return *run(*residuals, dlogps), None
 
 
 _token_logps.defvjp(_token_logps_forward, _token_logps_backward)
 
 
+# What follows runs on one device, on its own rows and its own part of the vocabulary.
+
+
+def _sharded(axis: str) -> bool:
+    return mesh.local_size(axis) > 1
+
+
+def _gathered(unembedding, dtype):
+    """The rows of the output matrix from all of `fsdp`: `(D, V / tensor)` in the compute dtype."""
+    matrix = unembedding.astype(dtype)
+    if _sharded("fsdp"):
+        matrix = jax.lax.all_gather(matrix, "fsdp", axis=0, tiled=True)
+    return matrix
+
+
+def _scattered(dmatrix, dtype):
+    """The sum over all rows of the batch, each device keeping its rows of the matrix."""
+    if _sharded("fsdp"):
+        dmatrix = jax.lax.psum_scatter(dmatrix, "fsdp", scatter_dimension=0, tiled=True)
+    if _sharded("data"):
+        dmatrix = jax.lax.psum(dmatrix, "data")
+    return dmatrix.astype(dtype)
+
+
+def _over_rows(sums):
+    axes = tuple(axis for axis in mesh.BATCH if _sharded(axis))
+    return jax.lax.psum(sums, axes) if axes else sums
+
+
+def _joined(chunks, like):
+    """Chunks put together again, shaped as `like`; dx is summed over the vocabulary's parts."""
+    joined = chunks.reshape(-1, *chunks.shape[2:])[: like.shape[0] * like.shape[1]]
+    if joined.ndim == 2 and _sharded(mesh.TENSOR):
+        joined = jax.lax.psum(joined, mesh.TENSOR)
+    return joined.reshape(like.shape)
+
+
+def _add_losses(sums, lse, nll, weights, z_loss):
+    total, nll_total = sums
+    total += jnp.sum(weights * (nll + z_loss * lse**2))
+    return total, nll_total + jnp.sum(weights * nll)
+
+
 def _chunk_losses(x, matrix, targets):
     """logits `(C, V)` float32, log-partition `(C,)` and negative log-likelihood `(C,)`."""
     logits = jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return logits, lse, lse - picked
+    if not _sharded(mesh.TENSOR):
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return logits, lse, lse - picked
+    largest = jax.lax.pmax(logits.max(axis=-1), mesh.TENSOR)
+    total = jax.lax.psum(jnp.exp(logits - largest[:, None]).sum(axis=-1), mesh.TENSOR)
+    lse = largest + jnp.log(total)
+    picked = jnp.sum(jnp.where(_hits(targets, logits), logits, 0), axis=-1)
+    return logits, lse, lse - jax.lax.psum(picked, mesh.TENSOR)
+
+
+def _hits(targets, logits):
+    """Where the target of each token stands among this device's part of the vocabulary."""
+    first = 0
+    if _sharded(mesh.TENSOR):
+        first = jax.lax.axis_index(mesh.TENSOR) * logits.shape[-1]
+    return targets[:, None] - first == jnp.arange(logits.shape[-1])[None, :]
 
 
 def _chunk_gradients(x, matrix, logits, lse, targets, softmax_weight, target_weight):
@@ -172,24 +256,25 @@ def _chunk_gradients(x, matrix, logits, lse, targets, softmax_weight, target_wei
 
     Its dlogits are `softmax_weight * softmax - target_weight * onehot`; the weights are `(C,)`.
     """
-    hit = targets[:, None] == jnp.arange(logits.shape[-1])[None, :]
     dlogits = jnp.exp(logits - lse[:, None]) * softmax_weight[:, None]
-    dlogits = (dlogits - jnp.where(hit, target_weight[:, None], 0)).astype(x.dtype)
+    onehot = jnp.where(_hits(targets, logits), target_weight[:, None], 0)
+    dlogits = (dlogits - onehot).astype(x.dtype)
     dx = jax.lax.dot_general(dlogits, matrix, (((1,), (1,)), ((), ())))
     # Transposed apart: XLA:CPU runs a product that contracts axis 0 of both on one thread here.
-    xt = jax.lax.optimization_barrier(x.T)
+    xt = jax.lax.optimization_barrier(x.T) if target.current().platform == "cpu" else x.T
     return dx, jnp.matmul(xt, dlogits, preferred_element_type=jnp.float32)
 
 
 def _split(chunk, *arrays):
-    """Splits axis 0 into chunks, filled up with zeros (hence with weight 0)."""
-    tokens = arrays[0].shape[0]
+    """Joins B and S, and splits them into chunks filled up with zeros (hence with weight 0)."""
+    tokens = arrays[0].shape[0] * arrays[0].shape[1]
     chunk = min(chunk, tokens)
     missing = -tokens % chunk
 
     def split(array):
-        padded = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-        return padded.reshape(-1, chunk, *array.shape[1:])
+        flat = array.reshape(tokens, *array.shape[2:])
+        padded = jnp.pad(flat, [(0, missing)] + [(0, 0)] * (flat.ndim - 1))
+        return padded.reshape(-1, chunk, *flat.shape[1:])
 
     return tuple(split(array) for array in arrays)
 

@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from tinyllama_jax.kernels import target
+
 
 def linear(x: jax.Array, weight: jax.Array, *, contract: int = 1) -> jax.Array:
     """Contracts the last `contract` axes of x with the first ones of weight.
@@ -24,7 +26,8 @@ def linear(x: jax.Array, weight: jax.Array, *, contract: int = 1) -> jax.Array:
     batch = x.shape[: x.ndim - contract]
     rows = x.reshape(math.prod(batch), math.prod(inner))
     matrix = weight.astype(x.dtype).reshape(math.prod(inner), math.prod(outer))
-    product = _matmul_cpu(rows, matrix) if jax.default_backend() == "cpu" else rows @ matrix
+    on_cpu = target.current().platform == "cpu"
+    product = _matmul_cpu(rows, matrix) if on_cpu else rows @ matrix
     return product.reshape(*batch, *outer)
 
 

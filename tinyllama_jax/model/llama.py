@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from tinyllama_jax.config import ModelConfig
+from tinyllama_jax.kernels import target
 from tinyllama_jax.kernels.attention.api import attention
 from tinyllama_jax.kernels.linear import embed, linear
 from tinyllama_jax.model.cache import KVCache, write
@@ -48,7 +49,7 @@ class Llama:
         name = self.config.compute_dtype
         if name == "auto":
             # XLA:CPU emulates bfloat16, 10 to 50 times slower than float32.
-            name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            name = "float32" if target.current().platform == "cpu" else "bfloat16"
         return jnp.dtype(name)
 
     def init(self, key: jax.Array) -> Params:

@@ -101,7 +101,10 @@ def train(
         began = time.perf_counter()
         compiled_step = step_fn.lower(state, data.batch_at(start)).compile()
         seconds = time.perf_counter() - began
-        name = config.model.attention.replace("auto", attention.resolve(training_pass=True))
+        chosen = attention.resolve(
+            model.compute_dtype, config.model.head_dim, config.data.document_mask
+        )
+        name = config.model.attention.replace("auto", chosen)
         print(f"compiled the train step in {seconds:.1f} s, attention: {name}", flush=True)
 
         timer = StepTimer(config)

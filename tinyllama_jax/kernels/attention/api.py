@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
-from tinyllama_jax.kernels.attention import folded, reference
+from tinyllama_jax.kernels import mesh, target
+from tinyllama_jax.kernels.attention import cudnn, flash, folded, reference
+from tinyllama_jax.kernels.mesh import P
 
-IMPLEMENTATIONS = ("auto", "reference", "folded")
+IMPLEMENTATIONS = ("auto", "reference", "folded", "flash", "cudnn")
 
 
 def attention(
@@ -53,26 +57,69 @@ def attention(
         )
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise ValueError(f"segment_ids {segment_ids.shape} must be (B, S) = {(B, S)} with S == T")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f'attention implementation "{implementation}" is not one of '
+            f"{', '.join(IMPLEMENTATIONS)}"
+        )
+    training_pass = q_positions is None and kv_lengths is None
     if implementation == "auto":
-        implementation = resolve(q_positions is None and kv_lengths is None and causal)
+        if training_pass and causal:
+            implementation = resolve(q.dtype, H, segment_ids is not None)
+        else:
+            implementation = "reference"
     if implementation == "reference":
         return reference.attention(
             q, k, v, causal=causal, q_positions=q_positions, kv_lengths=kv_lengths,
             segment_ids=segment_ids,
         )  # fmt: skip
-    if implementation == "folded":
-        if q_positions is not None or kv_lengths is not None or not causal:
-            raise ValueError(
-                'attention implementation "folded" covers causal training passes only, not '
-                'q_positions, kv_lengths or causal=False; use "reference"'
-            )
+    reason = _refusal(implementation, q, k, causal, training_pass, segment_ids)
+    if reason:
+        raise ValueError(
+            f'attention implementation "{implementation}" does not cover this: {reason}; '
+            f'use "reference"'
+        )
+    mesh.require_divisible("batch", B, mesh.BATCH)
+    mesh.require_divisible("model.num_kv_heads", K, (mesh.TENSOR,))
+
+    def run(q, k, v, segment_ids):
+        if implementation == "flash":
+            return flash.attention(q, k, v, causal=causal, segment_ids=segment_ids)
+        if implementation == "cudnn":
+            return cudnn.attention(q, k, v, causal=causal)
         return folded.attention(q, k, v, segment_ids=segment_ids)
-    raise ValueError(
-        f'attention implementation "{implementation}" is not one of {", ".join(IMPLEMENTATIONS)}'
-    )
+
+    heads, rows = P(mesh.BATCH, None, mesh.TENSOR), P(mesh.BATCH)
+    return mesh.shard(run, (heads, heads, heads, rows), heads)(q, k, v, segment_ids)
 
 
-def resolve(training_pass: bool, platform: str | None = None) -> str:
-    """What "auto" stands for: `folded` for causal training passes on CPU, else `reference`."""
-    platform = platform or jax.default_backend()
-    return "folded" if training_pass and platform == "cpu" else "reference"
+def _refusal(
+    implementation: str,
+    q: jax.Array,
+    k: jax.Array,
+    causal: bool,
+    training_pass: bool,
+    segment_ids: jax.Array | None,
+) -> str:
+    """Why an implementation cannot run this; "" where it can."""
+    if not training_pass:
+        return "q_positions and kv_lengths belong to decoding"
+    if implementation == "flash":
+        return flash.refusal(q, k)
+    if implementation == "cudnn":
+        return cudnn.refusal(q, k, segment_ids)
+    return "" if causal else "causal=False"
+
+
+def resolve(dtype: Any, head_dim: int, has_segments: bool) -> str:
+    """What "auto" stands for in a causal training pass.
+
+    On CPU `folded`. On GPUs since Ampere `cudnn`, or `flash` for what that does not cover: segments
+    and float32. Elsewhere, and for head widths that a kernel has no form for, `reference`.
+    """
+    here = target.current()
+    if here.platform == "cpu":
+        return "folded"
+    if here.compute_capability < (8, 0) or head_dim not in flash.HEAD_DIMS:
+        return "reference"
+    return "cudnn" if str(dtype) in cudnn.DTYPES and not has_segments else "flash"

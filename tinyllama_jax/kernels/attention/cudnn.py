@@ -1,0 +1,25 @@
+"""Attention by NVIDIA's cuDNN, through jax."""
+
+from __future__ import annotations
+
+import jax
+
+DTYPES = ("bfloat16", "float16")
+
+
+def refusal(q: jax.Array, k: jax.Array, segment_ids: jax.Array | None) -> str:
+    """Why these shapes cannot be run; "" where they can."""
+    if q.dtype != k.dtype or str(q.dtype) not in DTYPES:
+        return f"dtypes {q.dtype} and {k.dtype} are not one and the same of {', '.join(DTYPES)}"
+    if segment_ids is not None:
+        return "segment_ids would become a bias of the size of the score matrix"
+    return ""
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
+    """Attention of a training pass; shapes and meaning as in `api.attention`.
+
+    Its results are not named for rematerialisation: with a `remat` policy it runs twice.
+    """
+    assert not refusal(q, k, None), refusal(q, k, None)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
