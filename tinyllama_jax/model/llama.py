@@ -33,6 +33,8 @@ from tinyllama_jax.kernels import target
 from tinyllama_jax.kernels.attention.api import attention
 from tinyllama_jax.kernels.linear import embed, linear
 from tinyllama_jax.model.cache import KVCache, write
+from tinyllama_jax.parallel import mesh
+from tinyllama_jax.parallel.mesh import BATCH, TENSOR, P
 
 Params = dict[str, Any]
 
@@ -110,7 +112,8 @@ class _Transformer(nn.Module):
         embedding = self.param("embedding", _normal(c), (c.vocab_size, c.d_model))
         if not c.tie_embeddings:  # read by Llama.unembed
             self.param("unembedding", _normal(c), (c.d_model, c.vocab_size))
-        x = embed(embedding, tokens, self.dtype)  # (B, S, D)
+        x = embed(mesh.constrain(embedding, P(TENSOR)), tokens, self.dtype)  # (B, S, D)
+        x = mesh.constrain(x, P(BATCH))
         angles = rope_angles(positions, c.head_dim, c.rope_theta)
         lengths = None if cache is None else cache.lengths
         kv = None if cache is None else (cache.k, cache.v)
@@ -141,7 +144,7 @@ class _Layer(nn.Module):
         attended, kv = _Attention(c, name="attention")(normed, kv, lengths, angles, segment_ids)
         x = x + attended
         normed = rms_norm(x, self.param("mlp_norm", ones, (c.d_model,)), c.norm_eps)
-        return x + _MLP(c, name="mlp")(normed), kv
+        return mesh.constrain(x + _MLP(c, name="mlp")(normed), P(BATCH)), kv
 
 
 class _Attention(nn.Module):
@@ -152,9 +155,12 @@ class _Attention(nn.Module):
         c = self.config
         S, D = x.shape[1:]
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
-        q = linear(x, self.param("query", _normal(c), (D, N, H)))  # (B, S, N, H)
-        k = linear(x, self.param("key", _normal(c), (D, K, H)))  # (B, S, K, H)
-        v = linear(x, self.param("value", _normal(c), (D, K, H)))  # (B, S, K, H)
+
+        def project(name: str, heads: int) -> jax.Array:
+            weight = self.param(name, _normal(c), (D, heads, H))
+            return linear(x, _gathered(weight, P(None, TENSOR), x.dtype))  # (B, S, heads, H)
+
+        q, k, v = project("query", N), project("key", K), project("value", K)
         q, k = rotate(q, angles), rotate(k, angles)
         if kv is None:
             out = attention(q, k, v, segment_ids=segment_ids, implementation=c.attention)
@@ -168,7 +174,7 @@ class _Attention(nn.Module):
                 q, k, v, q_positions=slots, kv_lengths=lengths + S, implementation="reference"
             )
         output = self.param("output", _output_normal(c), (N, H, D))
-        return linear(out, output, contract=2), kv  # (B, S, D)
+        return linear(out, _gathered(output, P(TENSOR), x.dtype), contract=2), kv  # (B, S, D)
 
 
 class _MLP(nn.Module):
@@ -179,10 +185,22 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        gate = linear(x, self.param("gate", _normal(c), (c.d_model, c.d_ff)))  # (B, S, F)
-        up = linear(x, self.param("up", _normal(c), (c.d_model, c.d_ff)))
+
+        def project(name: str) -> jax.Array:
+            weight = self.param(name, _normal(c), (c.d_model, c.d_ff))
+            return linear(x, _gathered(weight, P(None, TENSOR), x.dtype))  # (B, S, F)
+
+        hidden = nn.silu(project("gate")) * project("up")
         down = self.param("down", _output_normal(c), (c.d_ff, c.d_model))
-        return linear(nn.silu(gate) * up, down)  # (B, S, D)
+        return linear(hidden, _gathered(down, P(TENSOR), x.dtype))  # (B, S, D)
+
+
+def _gathered(weight: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
+    """A weight in the compute dtype and, under a mesh, whole but for its `tensor` axis.
+
+    Cast first, so that half the bytes travel.
+    """
+    return mesh.constrain(weight.astype(dtype), spec)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

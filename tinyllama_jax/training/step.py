@@ -13,6 +13,8 @@ import optax
 from tinyllama_jax.config import Config
 from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.model.llama import Llama, Params
+from tinyllama_jax.parallel import mesh, rules
+from tinyllama_jax.parallel.mesh import P
 from tinyllama_jax.training.losses import LossFunction, LossSums
 from tinyllama_jax.training.optimizer import make_schedule
 
@@ -63,11 +65,11 @@ def make_train_step(
     `grad_norm` (before clipping) and `learning_rate`.
     """
     schedule = make_schedule(config.optimizer, config.total_steps)
-    rows = config.training.micro_batch_size
 
     def step(
         state: TrainState, batch: Batch, frozen: Params | None = None
     ) -> tuple[TrainState, Metrics]:
+        rows = config.training.micro_batch_size * mesh.parts(mesh.BATCH)
         grads, sums = _summed_gradients(model, loss_fn, state.params, batch, frozen, rows)
         grads = jax.tree.map(lambda g: g / sums.weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -78,7 +80,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return _laid_out(TrainState(state.step + 1, params, opt_state)), metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -95,6 +97,11 @@ def make_eval_step(
     return jax.jit(evaluate)
 
 
+def _laid_out(tree: Any) -> Any:
+    """Params, or a tree that holds some, each leaf where the rules say that it lives."""
+    return jax.tree.map(mesh.constrain, tree, rules.specs(tree))
+
+
 def _summed_gradients(
     model: Llama,
     loss_fn: LossFunction,
@@ -109,7 +116,10 @@ def _summed_gradients(
         sums = loss_fn(model, params, batch, frozen)
         return sums.objective, sums
 
-    gradient = jax.grad(objective, has_aux=True)
+    def gradient(params: Params, batch: Batch) -> tuple[Params, LossSums]:
+        grads, sums = jax.grad(objective, has_aux=True)(params, batch)
+        return _laid_out(grads), sums
+
     count = batch.tokens.shape[0] // rows
     assert count * rows == batch.tokens.shape[0], (batch.tokens.shape, rows)
     if count == 1:
@@ -118,7 +128,10 @@ def _summed_gradients(
     def add(total, micro_batch):
         return jax.tree.map(jnp.add, total, gradient(params, micro_batch)), None
 
-    micro_batches = jax.tree.map(lambda x: x.reshape(count, rows, *x.shape[1:]), batch)
+    def cut(x: jax.Array) -> jax.Array:
+        return mesh.constrain(x.reshape(count, rows, *x.shape[1:]), P(None, mesh.BATCH))
+
+    micro_batches = jax.tree.map(cut, batch)
     zero = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.float32),
         jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro_batches)),

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from tinyllama_jax.kernels import mesh, target
+from tinyllama_jax.kernels import target
 from tinyllama_jax.kernels.attention import cudnn, flash, folded, reference
-from tinyllama_jax.kernels.mesh import P
+from tinyllama_jax.parallel import mesh
+from tinyllama_jax.parallel.mesh import P
 
 IMPLEMENTATIONS = ("auto", "reference", "folded", "flash", "cudnn")
 

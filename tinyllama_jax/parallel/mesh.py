@@ -1,0 +1,77 @@
+"""The mesh: its axes, and how code runs along them.
+
+`data` holds copies of the model, `fsdp` parts of each matrix, `tensor` heads and vocabulary; rows
+of a batch lie over `data` and `fsdp`. Whoever makes a mesh sets it with `jax.set_mesh`; without one
+everything here does nothing.
+
+The partitioner cannot look into a kernel, and would gather its operands on every device. So a
+kernel runs in a `shard_map`: each device works on its own rows and heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+BATCH = ("data", "fsdp")
+TENSOR = "tensor"
+AXES = (*BATCH, TENSOR)
+
+
+def make_mesh(shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data` x `fsdp` x `tensor` devices; None: of this process's."""
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def sizes() -> dict[str, int]:
+    """Sizes of the axes of the mesh in use, by name; empty without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Within another shard_map the axes are taken already.
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return {}
+    if not set(AXES) <= set(mesh.axis_names):
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names}, not {', '.join(AXES)} (of size 1 where they "
+            f"are not used), so nothing tells what to run along which; use parallel.mesh.make_mesh"
+        )
+    return dict(mesh.shape)
+
+
+def local_size(axis: str) -> int:
+    """Size of an axis that the code at hand runs along: within `shard`, of the mesh; else 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape[axis] if manual.get(axis) == AxisType.Manual else 1
+
+
+def parts(axes: tuple[str, ...]) -> int:
+    """Into how many parts the mesh in use cuts what lies along these axes."""
+    return math.prod(sizes().get(axis, 1) for axis in axes)
+
+
+def require_divisible(what: str, size: int, axes: tuple[str, ...]) -> None:
+    """Raises ValueError where `size` does not divide over the axes of the mesh."""
+    if size % parts(axes):
+        raise ValueError(
+            f"{what} = {size} does not divide over the {parts(axes)} devices of the mesh axes "
+            f"{', '.join(axes)}: some would have nothing to do; choose a mesh that divides it"
+        )
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """x, laid out over the mesh in use by `spec`; as it is without one."""
+    if math.prod(sizes().values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def shard(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` per device under the mesh in use, or as it is without one."""
+    if math.prod(sizes().values()) == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)

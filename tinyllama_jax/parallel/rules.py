@@ -1,0 +1,90 @@
+"""Where each parameter lives on a mesh: one table.
+
+`fsdp` cuts the model width, so that every device holds a part of each matrix and gathers it when
+its layer runs; `tensor` cuts heads, feed-forward width and vocabulary; `data` holds copies.
+Optimizer moments and gradients lie as their parameters do.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tinyllama_jax.parallel.mesh import BATCH, P
+
+# Leaves under layers/ are stacked over L first.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embedding", P("tensor", "fsdp")),  # (V, D)
+    (r"unembedding", P("fsdp", "tensor")),  # (D, V)
+    (r"layers/attention/(query|key|value)", P(None, "fsdp", "tensor")),  # (L, D, N or K, H)
+    (r"layers/attention/output", P(None, "tensor", None, "fsdp")),  # (L, N, H, D)
+    (r"layers/mlp/(gate|up)", P(None, "fsdp", "tensor")),  # (L, D, F)
+    (r"layers/mlp/down", P(None, "tensor", "fsdp")),  # (L, F, D)
+    (r"layers/(attention|mlp)_norm", P()),  # (L, D)
+    (r"final_norm", P()),  # (D,)
+)
+
+
+def param_spec(path: str) -> PartitionSpec:
+    """The spec of a parameter by its path, as "layers/attention/query".
+
+    Raises:
+      ValueError: no rule names it, or more than one does.
+    """
+    found = [spec for pattern, spec in RULES if re.fullmatch(pattern, path)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{len(found)} rules of parallel/rules.py name the parameter {path}; a parameter needs "
+            f"exactly one, or it would be replicated without a word"
+        )
+    return found[0]
+
+
+def specs(tree: Any) -> Any:
+    """The spec of each leaf of a tree in which params may lie at any depth (a state, moments).
+
+    A leaf whose path ends in that of a parameter has its spec; scalars are replicated.
+    """
+    return jax.tree_util.tree_map_with_path(_spec_of_leaf, tree)
+
+
+def _spec_of_leaf(path: tuple, leaf: Any) -> PartitionSpec:
+    if not leaf.ndim:
+        return P()
+    keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return param_spec("/".join(keys))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """As `specs`, on a mesh.
+
+    Raises:
+      ValueError: axes of a parameter that the mesh does not divide, one line each.
+    """
+    problems: list[str] = []
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        spec = _spec_of_leaf(path, leaf)
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                problems.append(
+                    f"{name} {leaf.shape}: {size} does not divide over {axis} = {mesh.shape[axis]}"
+                )
+        return NamedSharding(mesh, spec)
+
+    result = jax.tree_util.tree_map_with_path(place, tree)
+    if problems:
+        raise ValueError(
+            "the model does not divide over the mesh; choose other sizes of its axes:\n"
+            + "\n".join(f"  - {problem}" for problem in problems[:12])
+        )
+    return result
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH))
