@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from tests.mesh.collectives import collectives
 from tinyllama_jax.kernels import cross_entropy
 from tinyllama_jax.kernels.attention import api
 from tinyllama_jax.parallel.mesh import BATCH, TENSOR, P, make_mesh
+from tinyllama_jax.planning.collectives import collectives
 
 B, S, D, V, CHUNK = 8, 24, 16, 64, 10  # chunks divide the tokens of no mesh
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (1, 4, 2), (2, 2, 2)]

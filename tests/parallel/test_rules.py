@@ -47,9 +47,7 @@ def test_a_parameter_without_a_rule_is_named(path):
 
 def test_what_a_mesh_does_not_divide_is_named():
     mesh = AbstractMesh((1, 7, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-    with pytest.raises(
-        ValueError, match=r"embedding \(32000, 2048\): 2048 does not"
-    ):
+    with pytest.raises(ValueError, match=r"embedding \(32000, 2048\): 2048 does not"):
         rules.shardings(shapes_of(PRESETS["tinyllama_1b"]), mesh)
 
 

@@ -56,7 +56,8 @@ class Llama:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 params with TinyLlama's initialisation."""
-        module, token = _Transformer(self.config, self.compute_dtype), jnp.zeros((1, 1), jnp.int32)
+        module = _Transformer(self.config, self.compute_dtype)
+        token = jnp.zeros((mesh.parts(BATCH), 1), jnp.int32)  # what a mesh can divide
         # Jitted, since op by op each initialiser would be compiled on its own.
         return jax.jit(lambda key: module.init(key, token, token, None, None)["params"])(key)
 

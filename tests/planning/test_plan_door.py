@@ -1,0 +1,82 @@
+"""The plan door: mistakes, and with the CUDA plugin the paper's run compiled for its GPUs."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+PLUGIN = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+with_plugin = pytest.mark.skipif(not PLUGIN, reason="needs the CUDA plugin: the [cuda13] extra")
+
+
+def plan(*flags, config="configs/tinyllama_1b.py"):
+    return subprocess.run(
+        [sys.executable, "-m", "tinyllama_jax.plan", f"--config={config}", *flags],
+        capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": ""},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no --gpus: name a card and how many"),
+        (["--gpus=v100"], '"v100" is not one of'),
+        pytest.param(
+            ["--gpus=h200"], "run pip install -e '.[cuda13]'",
+            marks=pytest.mark.skipif(PLUGIN, reason="the plugin is there"),
+        ),
+        pytest.param(["--gpus=h200:8", "--mesh=8"], "not three numbers", marks=with_plugin),
+        pytest.param(
+            ["--gpus=h200:8", "--mesh=1x4x1"], "has 4 GPUs, but the machines have 8",
+            marks=with_plugin,
+        ),
+        pytest.param(
+            ["--gpus=h200:3"], "global_batch_tokens = 2097152 is not a multiple", marks=with_plugin
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_a_message(flags, message):
+    done = plan(*flags)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def peak_of(printed):
+    found = re.search(r"peak per GPU: ([\d.]+) GiB of ([\d.]+) GiB \((.*)\)", printed)
+    assert found, printed
+    return float(found[1]), found[3]
+
+
+@with_plugin
+@pytest.mark.parametrize("gpus", ["a100-40g:2x8", "a100-40g"])
+def test_the_papers_setup_fits(gpus, tmp_path):
+    """8 x 2048 tokens a pass, accumulation included, nothing recomputed: under 36 GiB."""
+    done = plan(f"--gpus={gpus}", f"--html={tmp_path / 'plan.html'}", "--price=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    peak, verdict = peak_of(done.stdout)
+    assert peak < 36 and verdict == "fits"
+    assert "passes of 8 x 2048 on each GPU" in done.stdout and "cost, at best" in done.stdout
+    page = (tmp_path / "plan.html").read_text()
+    assert f"{peak:.1f} GiB" in page and "http" not in page
+
+
+@with_plugin
+def test_what_does_not_fit_is_told_what_would():
+    done = plan("--gpus=rtx4090")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert peak_of(done.stdout)[1] == "does NOT fit"
+    rows = done.stdout.partition("changed")[2].splitlines()[1:]
+    assert "does not fit" not in rows[0] and "remat=" in rows[0]
+
+
+@with_plugin
+def test_fsdp_gathers_and_scatters_per_layer():
+    """22 layers of 7 matrices, in bfloat16: gathered in each pass, gradients scattered."""
+    done = plan("--gpus=a100-40g:2x8")
+    gathered, times = re.search(r"all-gather +([\d.]+) GiB in ([\d,]+)", done.stdout).groups()
+    # 969M params of 8 passes at 2 bytes, once or twice.
+    assert 14 < float(gathered) < 33 and int(times.replace(",", "")) > 8 * 22
+    assert re.search(r"reduce-scatter +[\d.]+ GiB", done.stdout)

@@ -1,0 +1,110 @@
+"""Plans a run on GPUs that are not there: memory to the byte, time at best.
+
+python -m tinyllama_jax.plan --config=configs/tinyllama_1b.py --gpus=a100-40g:2x8
+    [--mesh=1x16x1] [--search] [--price=1.5] [--html=plan.html] [--config.SECTION.SETTING=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+
+from absl import flags
+from ml_collections import config_flags
+
+from tinyllama_jax import door
+from tinyllama_jax.config import Config, freeze
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+_GPUS = flags.DEFINE_string("gpus", "", "Card, machines and GPUs in each: a100-40g:2x8, h200:8.")
+_MESH = flags.DEFINE_string("mesh", "", "data x fsdp x tensor; default: all GPUs along fsdp.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try other settings too; done anyway where none fits.")
+_PRICE = flags.DEFINE_float("price", 0.0, "Of a GPU-hour, for the cost of the run.")
+_NETWORK = flags.DEFINE_float("network", 25.0, "Between machines: GB/s per GPU in one direction.")
+_HTML = flags.DEFINE_string("html", "", "A page to write as well.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise ValueError(f"{argv[1:]} are not flags; settings are given as --config.SETTING=VALUE")
+    # Read when the plugin is loaded: it is to look for no driver.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    from tinyllama_jax.planning import report
+    from tinyllama_jax.planning.compile import require_plugin
+    from tinyllama_jax.planning.devices import GPUS, parse_gpus
+
+    if not _GPUS.value:
+        known = ", ".join(GPUS)
+        raise ValueError(f"no --gpus: name a card and how many, as a100-40g:2x8; known: {known}")
+    cluster = parse_gpus(_GPUS.value)
+    require_plugin()
+    shape = _parse_mesh(_MESH.value) if _MESH.value else (1, cluster.size, 1)
+    config = freeze(_CONFIG.value)
+    plan = _plan(config, cluster, shape, "")
+    print(report.text(plan, _PRICE.value), flush=True)
+    tried = [plan]
+    if _SEARCH.value or not plan.fits:
+        print("\ntrying other settings:", flush=True)
+        for change, other, other_shape in _alternatives(config, shape):
+            try:
+                tried.append(_plan(other, cluster, other_shape, change))
+            except ValueError as error:  # a mesh or batch that does not divide
+                print(f"  {change}: {str(error).splitlines()[-1].strip()}", flush=True)
+        print(report.table(tried))
+    if _HTML.value:
+        pathlib.Path(_HTML.value).write_text(report.page(plan, tried, _PRICE.value))
+        print(f"\nwritten to {_HTML.value}")
+    print(f"\nnext: python -m tinyllama_jax.train {door.settings_given()}")
+
+
+def _plan(config: Config, cluster, shape: tuple[int, int, int], change: str):
+    from tinyllama_jax.config_rules import validate
+    from tinyllama_jax.planning.compile import compile_step
+    from tinyllama_jax.planning.estimate import estimate
+    from tinyllama_jax.planning.report import Plan
+
+    validate(config, device_count=shape[0] * shape[1])
+    compiled = compile_step(config, cluster, shape)
+    times = estimate(config, cluster, shape, compiled.collectives, _NETWORK.value * 1e9)
+    return Plan(config, cluster, shape, compiled, times, change)
+
+
+def _parse_mesh(text: str) -> tuple[int, int, int]:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f'--mesh "{text}" is not three numbers data x fsdp x tensor, as 2x8x1')
+    data, fsdp, tensor = map(int, parts)
+    return data, fsdp, tensor
+
+
+def _alternatives(
+    config: Config, shape: tuple[int, int, int]
+) -> Iterator[tuple[str, Config, tuple[int, int, int]]]:
+    """Other settings that compute the same run: what differs, the config and the mesh."""
+
+    def changed(section: str, **settings) -> Config:
+        part = dataclasses.replace(getattr(config, section), **settings)
+        return dataclasses.replace(config, **{section: part})
+
+    model, rows = config.model, config.training.micro_batch_size
+    for remat, unroll in (("none", 0), ("dots", 1), ("attention", 1), ("full", 1)):
+        if (remat, unroll) != (model.remat, model.scan_unroll):
+            name = f"model.remat={remat} model.scan_unroll={unroll}"
+            yield name, changed("model", remat=remat, scan_unroll=unroll), shape
+    for other in (rows * 2, rows // 2):
+        if other:
+            yield (
+                f"training.micro_batch_size={other}",
+                changed("training", micro_batch_size=other),
+                shape,
+            )
+    data, fsdp, tensor = shape
+    if fsdp % 2 == 0:
+        yield f"--mesh={2 * data}x{fsdp // 2}x{tensor}", config, (2 * data, fsdp // 2, tensor)
+        yield f"--mesh={data}x{fsdp // 2}x{2 * tensor}", config, (data, fsdp // 2, 2 * tensor)
+
+
+if __name__ == "__main__":
+    door.run_with_flags(main)

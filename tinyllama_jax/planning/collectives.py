@@ -1,0 +1,107 @@
+"""What a compiled program sends between devices: kinds, bytes, and how often."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+_BITS = {"pred": 8}
+
+
+class Collective(NamedTuple):
+    """One instruction.
+
+    Attributes:
+      kind: as XLA names it.
+      elements: of its largest operand or result.
+      bytes: of the same; what a device holds of the whole before or after it.
+      in_loop: it stands in the body of a loop.
+      times: how often it runs; 1 where a loop does not tell.
+      group: devices that take part together; 0: all.
+    """
+
+    kind: str
+    elements: int
+    bytes: int
+    in_loop: bool
+    times: int = 1
+    group: int = 0
+
+
+def collectives(text: str) -> list[Collective]:
+    """Those of a compiled program, from `compiled.as_text()`."""
+    bodies = _computations(text)
+    called = {
+        name: set(re.findall(r"(?:condition|to_apply|calls)=%?([\w.\-]+)", "\n".join(lines)))
+        for name, lines in bodies.items()
+    }
+    times = _times(bodies, called)
+    found = []
+    for name, lines in bodies.items():
+        for line in lines:
+            made = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\((.*)", line)
+            if made:
+                shapes = _sizes(made[1]) + _sizes(made[4].split("channel_id")[0])
+                elements, size = max(shapes, key=lambda shape: shape[1], default=(0, 0))
+                runs = times.get(name)
+                found.append(
+                    Collective(made[2], elements, size, runs is not None, runs or 1, _group(line))
+                )
+    return found
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    bodies: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header:
+            name = header[1]
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+    return bodies
+
+
+def _times(bodies: dict[str, list[str]], called: dict[str, set[str]]) -> dict[str, int]:
+    """How often each computation that stands in a loop runs in one step."""
+    times: dict[str, int] = {}
+
+    def visit(name: str, count: int, in_loop: bool) -> None:
+        if in_loop:
+            times[name] = times.get(name, 0) + count
+        for line in bodies.get(name, ()):
+            loop = re.search(r"body=%?([\w.\-]+)", line)
+            if loop:
+                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                visit(loop[1], count * (int(trips[1]) if trips else 1), True)
+        for inner in called.get(name, ()):
+            visit(inner, count, in_loop)
+
+    entered = set().union(*called.values()) if called else set()
+    for lines in bodies.values():
+        entered.update(re.findall(r"body=%?([\w.\-]+)", "\n".join(lines)))
+    for name in bodies.keys() - entered:
+        visit(name, 1, False)
+    return times
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    sizes = []
+    for kind, dims in _SHAPE.findall(text):
+        elements = math.prod(int(n) for n in dims.split(",") if n)
+        bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind))
+        sizes.append((elements, elements * bits // 8))
+    return sizes
+
+
+def _group(line: str) -> int:
+    """Devices per group: replica_groups={{0,1},{2,3}} or [2,8]<=[16]."""
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+    if iota:
+        return int(iota[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    return len(listed[1].split(",")) if listed and listed[1] else 0
