@@ -1,13 +1,16 @@
 """Measures this package beside others, on this machine.
 
-python -m tinyllama_jax.bench train [--against hf] [--rounds 10] [--json FILE]
+python -m tinyllama_jax.bench attention|loss|train|decode [--against hf|torch] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
+import sys
+from typing import Any
 
 from tinyllama_jax import door
 
@@ -15,43 +18,221 @@ from tinyllama_jax import door
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tinyllama_jax.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+
+    attention = commands.add_parser("attention", help="causal attention, forward and backward")
+    _add_batch(attention)
+    attention.add_argument("--heads", default="", help="query x key/value x width, as 32x4x64")
+    attention.add_argument("--dtype", default="", choices=["float32", "bfloat16", "float16"])
+    attention.add_argument("--against", choices=["torch"], help="torch's SDPA too")
+
+    loss = commands.add_parser("loss", help="output layer and cross-entropy with gradients")
+    _add_batch(loss)
+    loss.add_argument("--d-model", type=int, default=0)
+    loss.add_argument("--vocab-size", type=int, default=0)
+    loss.add_argument("--dtype", default="", choices=["float32", "bfloat16"])
+    loss.add_argument("--chunk-tokens", type=int, default=0, help="default: as training does")
+    loss.add_argument("--against", choices=["torch"], help="torch's cross-entropy too")
+
     train = commands.add_parser("train", help="tokens/s of one optimizer step")
+    _add_batch(train)
+    _add_model(train)
     train.add_argument("--against", choices=["hf"], help="Hugging Face Llama under torch too")
-    train.add_argument("--preset", default="", help="a model preset; default: 4 layers of 256")
-    train.add_argument("--rows", type=int, default=16, help="sequences a step")
-    train.add_argument("--seq-len", type=int, default=256)
-    train.add_argument("--rounds", type=int, default=10)
-    train.add_argument("--json", type=pathlib.Path, help="write the figures here too")
-    _train(parser.parse_args(argv))
+    train.add_argument("--tokens", type=pathlib.Path, help="a .npy of ids: print real losses")
+    train.add_argument("--steps", type=int, default=50, help="of --tokens")
+    train.add_argument("--learning-rate", type=float, default=4e-4, help="of --tokens")
+
+    decode = commands.add_parser("decode", help="tokens/s of greedy decoding")
+    _add_model(decode)
+    decode.add_argument("--rows", type=int, default=1)
+    decode.add_argument("--prompt-tokens", type=int, default=32)
+    decode.add_argument("--new-tokens", type=int, default=64)
+    decode.add_argument("--against", choices=["hf"], help="Hugging Face's generate too")
+
+    for command in (attention, loss, train, decode):
+        command.add_argument("--rounds", type=int, default=10)
+        command.add_argument("--json", type=pathlib.Path, help="write the figures here too")
+    arguments = parser.parse_args(argv)
+    what = {"attention": _attention, "loss": _loss, "train": _train, "decode": _decode}
+    figures = what[arguments.command](arguments)
+    if arguments.json:
+        _write(arguments, figures)
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=0, help="default: 8 on a GPU")
+    parser.add_argument("--seq-len", type=int, default=0, help="default: 2048 on a GPU")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="", help="a model; default: 4 layers of 256")
+    parser.add_argument("--attention", default="", help="model.attention")
+    parser.add_argument("--remat", default="", help="model.remat")
+    parser.add_argument("--scan-unroll", type=int, help="model.scan_unroll")
+
+
+def _on_gpu() -> bool:
+    import jax
+
+    return jax.default_backend() == "gpu"
+
+
+def _attention(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tinyllama_jax.benchmarks import attention
+
+    gpu = _on_gpu()
+    text = arguments.heads or ("32x4x64" if gpu else "8x2x32")
+    heads = [int(part) if part.isdecimal() else 0 for part in text.split("x")]
+    if len(heads) != 3 or not all(heads) or heads[0] % heads[1]:
+        raise ValueError(f'--heads "{text}" is not query x key/value heads x width, as 32x4x64')
+    shape = attention.Shape(
+        arguments.rows or 8, arguments.seq_len or (2048 if gpu else 256), *heads
+    )
+    dtype = arguments.dtype or ("bfloat16" if gpu else "float32")
+    rows = attention.compare(
+        shape, dtype, rounds=arguments.rounds, calls=10 if gpu else 2,
+        against_torch=arguments.against == "torch",
+    )  # fmt: skip
+    print(f"causal attention, {shape}, {dtype}")
+    for which in dict.fromkeys(row["pass"] for row in rows):
+        print(f"\n{which:<24}{'ms':>9}{'least':>9}{'most':>9}{'TFLOP/s':>9}   ours is faster by")
+        for row in rows:
+            if row["pass"] == which:
+                print(
+                    f"{row['contender']:<24}{row['milliseconds']:>9.3f}{row['least']:>9.3f}"
+                    f"{row['most']:>9.3f}{row['tflops']:>9.2f}   {row['ours_is_faster_by']:.2f}x"
+                )
+    return {"shape": shape._asdict(), "dtype": dtype, "rows": rows}
+
+
+def _loss(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tinyllama_jax.benchmarks import loss
+    from tinyllama_jax.kernels.cross_entropy import default_chunk_tokens
+
+    gpu = _on_gpu()
+    size: dict[str, Any] = {
+        "rows": arguments.rows or 8,
+        "seq_len": arguments.seq_len or (2048 if gpu else 256),
+        "d_model": arguments.d_model or (2048 if gpu else 256),
+        "vocab_size": arguments.vocab_size or (32000 if gpu else 4096),
+        "dtype": arguments.dtype or ("bfloat16" if gpu else "float32"),
+        "chunk_tokens": arguments.chunk_tokens or default_chunk_tokens(),
+    }
+    rows = loss.compare(
+        **size, rounds=arguments.rounds, calls=5 if gpu else 2,
+        against_torch=arguments.against == "torch",
+    )  # fmt: skip
+    print(", ".join(f"{name} {value}" for name, value in size.items()))
+    print(f"\n{'':<24}{'ms':>9}{'least':>9}{'most':>9}{'MiB':>9}   ours is faster by")
+    for row in rows:
+        print(
+            f"{row['contender']:<24}{row['milliseconds']:>9.2f}{row['least']:>9.2f}"
+            f"{row['most']:>9.2f}{row['temporary_bytes'] / 2**20:>9.0f}   "
+            f"{row['ours_is_faster_by']:.2f}x"
+        )
+    return {"size": size, "rows": rows}
+
+
+def _model(arguments: argparse.Namespace):
     from tinyllama_jax.benchmarks import train
     from tinyllama_jax.model.presets import PRESETS
-    from tinyllama_jax.runs.directory import environment
 
     if arguments.preset and arguments.preset not in PRESETS:
         raise ValueError(f'--preset "{arguments.preset}" is not one of {", ".join(PRESETS)}')
     model = PRESETS[arguments.preset] if arguments.preset else train.SMALL
+    given = {"attention": arguments.attention, "remat": arguments.remat}
+    model = dataclasses.replace(model, **{name: value for name, value in given.items() if value})
+    if arguments.scan_unroll is not None:
+        model = dataclasses.replace(model, scan_unroll=arguments.scan_unroll)
+    return model
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tinyllama_jax.benchmarks import train
+
+    model, gpu = _model(arguments), _on_gpu()
+    size: dict[str, Any] = {
+        "rows": arguments.rows or (8 if gpu else 16),
+        "seq_len": arguments.seq_len or (2048 if gpu else 256),
+    }
+    if arguments.tokens:
+        return _real_losses(arguments, model, size)
     result = train.compare(
-        model,
-        rows=arguments.rows,
-        seq_len=arguments.seq_len,
-        rounds=arguments.rounds,
-        against_torch=arguments.against == "hf",
+        model, **size, rounds=arguments.rounds, against_torch=arguments.against == "hf"
     )
-    print(f"one optimizer step of {arguments.rows} x {arguments.seq_len} tokens, {model}\n")
-    print(f"{'':<16}{'tokens/s':>10}{'least':>10}{'most':>10}   ours is faster by")
-    for row in result.rows():
+    print(f"one optimizer step of {size['rows']} x {size['seq_len']} tokens, {model}\n")
+    rows = result.rows()
+    mfu = "mfu_causal" in rows[0]
+    more = f"{'MFU causal':>12}{'PaLM':>8}" if mfu else ""
+    print(f"{'':<16}{'tokens/s':>10}{'least':>10}{'most':>10}{more}   ours is faster by")
+    for row in rows:
+        more = f"{row['mfu_causal']:>12.1%}{row['mfu_palm']:>8.1%}" if mfu else ""
         print(
             f"{row['contender']:<16}{row['tokens_per_second']:>10,.0f}{row['least']:>10,.0f}"
-            f"{row['most']:>10,.0f}   {row['ours_is_faster_by']:.2f}x"
+            f"{row['most']:>10,.0f}{more}   {row['ours_is_faster_by']:.2f}x"
         )
-    if arguments.json:
-        figures = {"environment": environment(), "rows": result.rows()}
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-        print(f"\nwritten to {arguments.json}")
+    print(
+        f"\nours: compiled in {result.compile_seconds:.1f} s, needs "
+        f"{result.temporary_bytes / 2**30:.2f} GiB beside its state"
+    )
+    return {
+        "size": size,
+        "model": dataclasses.asdict(model),
+        "compile_seconds": result.compile_seconds,
+        "temporary_bytes": result.temporary_bytes,
+        "rows": rows,
+    }
+
+
+def _real_losses(arguments: argparse.Namespace, model, size: dict[str, int]) -> dict[str, Any]:
+    import numpy as np
+
+    from tinyllama_jax.benchmarks import train
+
+    tokens = np.load(arguments.tokens)
+    losses = train.losses_on(
+        tokens, model, **size, steps=arguments.steps, learning_rate=arguments.learning_rate
+    )
+    for number in sorted({*range(0, len(losses), max(1, len(losses) // 10)), len(losses) - 1}):
+        print(f"step {number + 1:>6}: loss {losses[number]:.4f}")
+    return {"size": size, "model": dataclasses.asdict(model), "losses": losses}
+
+
+def _decode(arguments: argparse.Namespace) -> dict[str, Any]:
+    import jax
+
+    from tinyllama_jax.benchmarks import decode
+    from tinyllama_jax.planning.devices import GPUS
+
+    model = _model(arguments)
+    kind = jax.local_devices()[0].device_kind
+    bandwidth = next((gpu.bandwidth for gpu in GPUS.values() if gpu.title in kind), 0.0)
+    size: dict[str, Any] = {
+        "rows": arguments.rows,
+        "prompt_tokens": arguments.prompt_tokens,
+        "new_tokens": arguments.new_tokens,
+    }
+    rows = decode.compare(
+        model, **size, rounds=arguments.rounds, bandwidth=bandwidth,
+        against_torch=arguments.against == "hf",
+    )  # fmt: skip
+    print(f"greedy decoding, {', '.join(f'{name} {n}' for name, n in size.items())}, {model}\n")
+    print(f"{'':<16}{'tokens/s':>10}{'least':>10}{'most':>10}   ours is faster by")
+    for row in rows:
+        share = f", {row['share_of_bound']:.0%} of the bound" if "share_of_bound" in row else ""
+        print(
+            f"{row['contender']:<16}{row['tokens_per_second']:>10,.1f}{row['least']:>10,.1f}"
+            f"{row['most']:>10,.1f}   {row['ours_is_faster_by']:.2f}x{share}"
+        )
+    return {"size": size, "model": dataclasses.asdict(model), "rows": rows}
+
+
+def _write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
+    from tinyllama_jax.runs.directory import environment
+
+    content = {"benchmark": arguments.command, "environment": environment(), **figures}
+    arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"\nwritten to {arguments.json}")
 
 
 if __name__ == "__main__":
-    door.run(main)
+    door.run(main, sys.argv[1:])

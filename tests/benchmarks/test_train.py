@@ -16,7 +16,7 @@ ARGUMENTS = ["train", "--preset", "tiny_debug", "--rows", "2", "--seq-len", "16"
 def test_ours_alone(tmp_path, capsys):
     bench.main([*ARGUMENTS, "--json", str(tmp_path / "figures.json")])
     printed = capsys.readouterr().out
-    (line,) = [line for line in printed.splitlines() if line.startswith("ours")]
+    (line,) = [line for line in printed.splitlines() if line.startswith("ours ")]
     (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert line.endswith("1.00x") and row["ours_is_faster_by"] == 1
     assert 0 < row["least"] <= row["tokens_per_second"] <= row["most"]

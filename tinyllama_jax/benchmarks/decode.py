@@ -1,0 +1,109 @@
+"""Greedy decoding with a key/value cache: ours beside Hugging Face's `generate` under torch.
+
+Random weights of a preset, the same for all, in the compute dtype; every row decodes the same
+number of tokens and none ends early. The first tokens must agree before anything is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinyllama_jax.benchmarks.rounds import interleave, ratio
+from tinyllama_jax.benchmarks.torch_llama import torch_llama
+from tinyllama_jax.config import ModelConfig, SamplingConfig
+from tinyllama_jax.inference import decoding
+from tinyllama_jax.model.llama import Llama, Params, parameter_count
+
+OURS = "ours"
+
+
+def compare(
+    model: ModelConfig, *, rows: int, prompt_tokens: int, new_tokens: int, rounds: int,
+    against_torch: bool, bandwidth: float = 0.0,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Times `new_tokens` of each of `rows` rows, the prompt's prefill included.
+
+    Args:
+      model: the shape.
+      rows, prompt_tokens, new_tokens: of the batch.
+      rounds: how often all take their turn.
+      against_torch: Hugging Face's Llama takes part.
+      bandwidth: of the device's memory in bytes/s; 0: not known, and no bound is given.
+
+    Returns:
+      A row per contender: tokens/s of all rows (median, least, most), how many times faster ours
+      is, and where the bandwidth is known the share of the bound that it sets.
+
+    Raises:
+      ValueError: the contenders' first tokens differ.
+    """
+    llama = Llama(model)
+    params = jax.jit(llama.init)(jax.random.key(0))
+    weights = jax.device_get(params) if against_torch else {}
+    dtype = llama.compute_dtype
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    prompts = np.random.default_rng(0).integers(3, model.vocab_size, (rows, prompt_tokens))
+    contenders: dict[str, Callable[[], np.ndarray]] = {
+        OURS: functools.partial(_ours, llama, params, prompts.tolist(), new_tokens)
+    }
+    if against_torch:
+        contenders["Hugging Face"] = _in_torch(model, weights, prompts, new_tokens, str(dtype))
+    first = {name: call()[:, 0] for name, call in contenders.items()}
+    for name, tokens in first.items():
+        # Rounding may turn a tie; a mistake would turn most of them.
+        if np.mean(tokens == first[OURS]) < 0.9:
+            raise ValueError(
+                f"{name} begins with other tokens than {OURS}: {tokens[:8]} and {first[OURS][:8]}; "
+                f"a speed would mean nothing"
+            )
+    timings = interleave(contenders, rounds=rounds, calls=1)
+    bound = _bound(model, rows, prompt_tokens + new_tokens / 2, dtype.itemsize, bandwidth)
+    return [
+        {
+            "contender": name,
+            "tokens_per_second": rows * new_tokens / timing.median,
+            "least": rows * new_tokens / max(timing.seconds),
+            "most": rows * new_tokens / min(timing.seconds),
+            "ours_is_faster_by": ratio(timings[OURS], timing),
+        }
+        | ({"share_of_bound": rows * new_tokens / timing.median / bound} if bound else {})
+        for name, timing in timings.items()
+    ]
+
+
+def _bound(model: ModelConfig, rows: int, context: float, itemsize: int, bandwidth: float) -> float:
+    """Tokens/s at which reading weights and cache takes all of the memory's bandwidth."""
+    weights = (parameter_count(model) - model.vocab_size * model.d_model) * itemsize
+    cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize * context
+    return rows * bandwidth / (weights + rows * cache)
+
+
+def _ours(llama: Llama, params: Params, prompts: list, new_tokens: int) -> np.ndarray:
+    settings = SamplingConfig(temperature=0.0, max_new_tokens=new_tokens)
+    steps = decoding.draw(llama, params, prompts, settings, range(len(prompts)))
+    return np.stack(list(steps), axis=1)
+
+
+def _in_torch(
+    model: ModelConfig, weights: dict[str, Any], prompts: np.ndarray, new_tokens: int, dtype: str
+) -> Callable[[], np.ndarray]:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    llama = torch_llama(model, weights).to(device, getattr(torch, dtype)).eval()
+    ids = torch.from_numpy(prompts.astype(np.int64)).to(device)
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            out = llama.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+                min_new_tokens=new_tokens, max_new_tokens=new_tokens, eos_token_id=None,
+            )  # fmt: skip
+        return out[:, ids.shape[1] :].cpu().numpy()
+
+    return run

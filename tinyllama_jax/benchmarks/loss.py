@@ -1,0 +1,151 @@
+"""Output layer and cross-entropy, value and gradients: ours in chunks beside all logits at once.
+
+The three matrix products alone, without any loss, are the least that it can take.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinyllama_jax.benchmarks.rounds import interleave, ratio
+from tinyllama_jax.kernels import cross_entropy
+
+_TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+_OURS = "chunked (ours)"
+
+
+def compare(
+    rows: int, seq_len: int, d_model: int, vocab_size: int, dtype: str, *,
+    chunk_tokens: int, rounds: int, calls: int, against_torch: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Times the loss of rows x seq_len random tokens.
+
+    Returns:
+      A row per contender: milliseconds (median, least, most), how many times faster ours is, the
+      compiler's temporary bytes (0: not jax's), and the largest difference of a gradient from the
+      plain loss's in float32.
+
+    Raises:
+      ValueError: a contender computes something else.
+    """
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (rows, seq_len, d_model)).astype(dtype)
+    unembedding = jax.random.normal(keys[1], (d_model, vocab_size)) * d_model**-0.5
+    targets = jax.random.randint(keys[2], (rows, seq_len), 0, vocab_size)
+    weights = jnp.ones((rows, seq_len))
+    arrays = (hidden, unembedding, targets, weights)
+    chunked = functools.partial(cross_entropy.weighted_sum, chunk_tokens=chunk_tokens)
+    in_jax = {
+        _OURS: _compiled(_gradients(chunked), arrays),
+        "plain": _compiled(_gradients(cross_entropy.reference_weighted_sum), arrays),
+        "its three products": _compiled(_products, arrays),
+    }
+    exact = jax.device_get(
+        jax.jit(_gradients(cross_entropy.reference_weighted_sum))(
+            hidden.astype(jnp.float32), *arrays[1:]
+        )
+    )
+    contenders: dict[str, Callable[[], Any]] = {
+        name: functools.partial(_wait, compiled, arrays) for name, compiled in in_jax.items()
+    }
+    if against_torch:
+        contenders["torch"] = _in_torch(arrays)
+    differences = {}
+    for name, call in contenders.items():
+        if name == "its three products":
+            call()
+            continue
+        differences[name] = _difference(call(), exact)
+        if not differences[name] < _TOLERANCES[dtype]:
+            raise ValueError(
+                f"{name} differs from the plain loss by {differences[name]:.1e} of the largest "
+                f"gradient; a speed would mean nothing"
+            )
+    timings = interleave(contenders, rounds=rounds, calls=calls)
+    return [
+        {
+            "contender": name,
+            "milliseconds": 1e3 * timing.median,
+            "least": 1e3 * min(timing.seconds),
+            "most": 1e3 * max(timing.seconds),
+            "ours_is_faster_by": ratio(timings[_OURS], timing),
+            "temporary_bytes": _temporary_bytes(in_jax.get(name)),
+            "largest_difference": differences.get(name),
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def _gradients(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`(hidden, unembedding, targets, weights) -> (dhidden, dunembedding, loss)`."""
+
+    def run(hidden, unembedding, targets, weights):
+        (value, _), gradients = jax.value_and_grad(
+            lambda *x: loss(*x, targets, weights), argnums=(0, 1), has_aux=True
+        )(hidden, unembedding)
+        return (*gradients, value)
+
+    return run
+
+
+def _products(hidden, unembedding, targets, weights):
+    """Logits, and what their gradient's two products would cost, on logits themselves."""
+    x = hidden.reshape(-1, hidden.shape[-1])
+    matrix = unembedding.astype(x.dtype)
+    logits = (x @ matrix).astype(x.dtype)
+    dmatrix = jnp.matmul(x.T, logits, preferred_element_type=jnp.float32)
+    return logits @ matrix.T, dmatrix
+
+
+def _compiled(function: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> jax.stages.Compiled:
+    return jax.jit(function).lower(*arrays).compile()
+
+
+def _temporary_bytes(compiled: jax.stages.Compiled | None) -> int:
+    memory = compiled.memory_analysis() if compiled is not None else None
+    return memory.temp_size_in_bytes if memory is not None else 0
+
+
+def _wait(compiled: jax.stages.Compiled, arrays: tuple[jax.Array, ...]) -> Any:
+    return jax.block_until_ready(compiled(*arrays))
+
+
+def _in_torch(arrays: tuple[jax.Array, ...]) -> Callable[[], tuple[Any, ...]]:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, str(arrays[0].dtype))
+    hidden, unembedding, targets = (
+        torch.from_numpy(np.array(x.astype(jnp.float32)).astype(kind)).to(device)
+        for x, kind in zip(arrays, (np.float32, np.float32, np.int64), strict=False)
+    )
+    hidden = hidden.to(dtype).requires_grad_()
+    unembedding = unembedding.requires_grad_()
+
+    def run():
+        logits = (hidden @ unembedding.to(dtype)).float()
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="sum"
+        )
+        gradients = torch.autograd.grad(loss, (hidden, unembedding))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return gradients
+
+    return run
+
+
+def _difference(found: tuple[Any, ...], exact: tuple[np.ndarray, ...]) -> float:
+    def as_numpy(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array):
+            return np.asarray(x.astype(jnp.float32))
+        return x.detach().float().cpu().numpy()
+
+    pairs = list(zip(found, exact, strict=False))[:2]
+    return max(float(np.abs(as_numpy(a) - b).max() / np.abs(b).max()) for a, b in pairs)
