@@ -6,7 +6,7 @@
 # Needs jax for CUDA, flax and optax; beside torch and transformers it compares with them, without
 # it measures ours alone. Each benchmark has a time of its own, so that one that hangs costs no other.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 out=${1:-gpu_bench}
 mkdir -p "$out"

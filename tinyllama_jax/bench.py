@@ -1,6 +1,7 @@
 """Measures this package beside others, on this machine.
 
 python -m tinyllama_jax.bench attention|loss|train|decode [--against hf|torch] [--json FILE]
+python -m tinyllama_jax.bench report      what was measured so far, as the README has it
 """
 
 from __future__ import annotations
@@ -48,10 +49,16 @@ def main(argv: list[str] | None = None) -> None:
     decode.add_argument("--new-tokens", type=int, default=64)
     decode.add_argument("--against", choices=["hf"], help="Hugging Face's generate too")
 
+    commands.add_parser("report", help="the measured results in the repository, in Markdown")
     for command in (attention, loss, train, decode):
         command.add_argument("--rounds", type=int, default=10)
         command.add_argument("--json", type=pathlib.Path, help="write the figures here too")
     arguments = parser.parse_args(argv)
+    if arguments.command == "report":
+        from tinyllama_jax.benchmarks import report
+
+        print(report.markdown(), end="")
+        return
     what = {"attention": _attention, "loss": _loss, "train": _train, "decode": _decode}
     figures = what[arguments.command](arguments)
     if arguments.json:
@@ -227,9 +234,9 @@ def _decode(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
-    from tinyllama_jax.runs.directory import environment
+    from tinyllama_jax.benchmarks.report import machine
 
-    content = {"benchmark": arguments.command, "environment": environment(), **figures}
+    content = {"benchmark": arguments.command, "machine": machine(), **figures}
     arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     print(f"\nwritten to {arguments.json}")
 

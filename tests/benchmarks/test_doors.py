@@ -34,7 +34,7 @@ def test_attention(tmp_path, capsys, against_torch):
     figures = run(
         tmp_path, "attention", "--rows", "2", "--seq-len", "64", "--heads", "4x2x32", *against_torch
     )
-    assert figures["benchmark"] == "attention" and figures["environment"]["backend"] == "cpu"
+    assert figures["benchmark"] == "attention" and figures["machine"]["backend"] == "cpu"
     by_pass = {which: [r["contender"] for r in figures["rows"] if r["pass"] == which]
                for which in ("forward", "forward and backward")}  # fmt: skip
     expected = ["folded (ours)", "reference (ours)", "XLA"] + ["torch SDPA"] * bool(against_torch)
