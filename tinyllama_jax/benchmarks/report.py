@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import platform
+from importlib import metadata
 from typing import Any
 
 from tinyllama_jax.runs.directory import environment
@@ -19,7 +21,11 @@ _KEPT = ("started", "python", "cpus", "backend", "devices", "versions", "git_rev
 def machine() -> dict[str, Any]:
     """What a figure was measured on: device, versions and revision, and nothing private."""
     known = environment()
-    return {name: known[name] for name in _KEPT} | {"processor": _processor()}
+    found = {name: known[name] for name in _KEPT} | {"processor": _processor()}
+    for other in ("torch", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found["versions"][other] = metadata.version(other)
+    return found
 
 
 def _processor() -> str:
