@@ -92,7 +92,9 @@ class AttentionSuite:
             )  # fmt: skip
             return (out, *vjp(dout))
 
-        return jax.jit(values_and_gradients)(q, k, v, dout)
+        # On GPUs products of float32 would be TensorFloat-32 otherwise.
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(values_and_gradients)(q, k, v, dout)
 
     def check(self, case, dtype, *, causal=True, segment_ids=None, seed=0):
         B, S, T = case[:3]

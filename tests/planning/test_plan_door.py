@@ -1,6 +1,5 @@
 """The plan door: mistakes, and with the CUDA plugin the paper's run compiled for its GPUs."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -8,8 +7,7 @@ import sys
 
 import pytest
 
-PLUGIN = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
-with_plugin = pytest.mark.skipif(not PLUGIN, reason="needs the CUDA plugin: the [cuda13] extra")
+from tests.planning.plugin import PLUGIN, with_plugin
 
 
 def plan(*flags, config="configs/tinyllama_1b.py"):

@@ -50,9 +50,10 @@ def compare(
     B, S, N, _, H = shape
     arrays = _inputs(shape, dtype)
     expected = _passes(functools.partial(api.attention, implementation="reference"))
-    exact = jax.device_get(
-        expected["forward and backward"](*(x.astype(jnp.float32) for x in arrays))
-    )
+    with jax.default_matmul_precision("highest"):  # GPUs would use TensorFloat-32
+        exact = jax.device_get(
+            expected["forward and backward"](*(x.astype(jnp.float32) for x in arrays))
+        )
     contenders: dict[str, dict[str, Callable[[], Any]]] = {name: {} for name in _PASSES}
     for name, function in _in_jax(shape, dtype).items():
         for which, run in _passes(function).items():

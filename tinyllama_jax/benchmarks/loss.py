@@ -46,11 +46,12 @@ def compare(
         "plain": _compiled(_gradients(cross_entropy.reference_weighted_sum), arrays),
         "its three products": _compiled(_products, arrays),
     }
-    exact = jax.device_get(
-        jax.jit(_gradients(cross_entropy.reference_weighted_sum))(
-            hidden.astype(jnp.float32), *arrays[1:]
+    with jax.default_matmul_precision("highest"):  # GPUs would use TensorFloat-32
+        exact = jax.device_get(
+            jax.jit(_gradients(cross_entropy.reference_weighted_sum))(
+                hidden.astype(jnp.float32), *arrays[1:]
+            )
         )
-    )
     contenders: dict[str, Callable[[], Any]] = {
         name: functools.partial(_wait, compiled, arrays) for name, compiled in in_jax.items()
     }
