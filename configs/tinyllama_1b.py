@@ -18,7 +18,7 @@ from tinyllama_jax.model.presets import PRESETS
 def get_config():
     config = default_config()
     config.model.update(dataclasses.asdict(PRESETS["tinyllama_1b"]))
-    # Without a loop over layers, and nothing recomputed, the least memory (launch/TUNING.md).
+    # Without a loop over layers: nothing is copied into stacked arrays (launch/TUNING.md).
     config.model.scan_unroll = 0
     config.data.tokenizer = "data/tokenizer.model"  # Llama 2's, 32,000 pieces
     config.data.sources.slimpajama = source(path="data/SlimPajama-627B/train", weight=0.693584)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
 
 from absl import flags
 from ml_collections import config_flags
@@ -24,6 +23,8 @@ _SEARCH = flags.DEFINE_bool("search", False, "Try other settings too; done anywa
 _PRICE = flags.DEFINE_float("price", 0.0, "Of a GPU-hour, for the cost of the run.")
 _NETWORK = flags.DEFINE_float("network", 25.0, "Between machines: GB/s per GPU in one direction.")
 _HTML = flags.DEFINE_string("html", "", "A page to write as well.")
+# model.remat and model.scan_unroll that go well together, fastest first.
+_REMATS = (("none", 0), ("dots", 0), ("attention", 1), ("full", 1))
 
 
 def main(argv: list[str]) -> None:
@@ -47,16 +48,17 @@ def main(argv: list[str]) -> None:
     tried = [plan]
     if _SEARCH.value or not plan.fits:
         print("\ntrying other settings:", flush=True)
-        for change, other, other_shape in _alternatives(config, shape):
-            try:
-                tried.append(_plan(other, cluster, other_shape, change))
-            except ValueError as error:  # a mesh or batch that does not divide
-                print(f"  {change}: {str(error).splitlines()[-1].strip()}", flush=True)
+        tried += _search(config, cluster, shape)
         print(report.table(tried))
     if _HTML.value:
         pathlib.Path(_HTML.value).write_text(report.page(plan, tried, _PRICE.value))
         print(f"\nwritten to {_HTML.value}")
-    print(f"\nnext: python -m tinyllama_jax.train {door.settings_given()}")
+    best = report.ranked(tried)[0]
+    if best.fits:
+        change = "" if plan.fits else f" {best.change}"
+        print(f"\nnext: python -m tinyllama_jax.train {door.settings_given()}{change}")
+    else:
+        print("\nnone of them fits: plan more GPUs, or others")
 
 
 def _plan(config: Config, cluster, shape: tuple[int, int, int], change: str):
@@ -79,31 +81,44 @@ def _parse_mesh(text: str) -> tuple[int, int, int]:
     return data, fsdp, tensor
 
 
-def _alternatives(
-    config: Config, shape: tuple[int, int, int]
-) -> Iterator[tuple[str, Config, tuple[int, int, int]]]:
-    """Other settings that compute the same run: what differs, the config and the mesh."""
-
-    def changed(section: str, **settings) -> Config:
-        part = dataclasses.replace(getattr(config, section), **settings)
-        return dataclasses.replace(config, **{section: part})
-
-    model, rows = config.model, config.training.micro_batch_size
-    for remat, unroll in (("none", 0), ("dots", 1), ("attention", 1), ("full", 1)):
-        if (remat, unroll) != (model.remat, model.scan_unroll):
-            name = f"model.remat={remat} model.scan_unroll={unroll}"
-            yield name, changed("model", remat=remat, scan_unroll=unroll), shape
-    for other in (rows * 2, rows // 2):
-        if other:
-            yield (
-                f"training.micro_batch_size={other}",
-                changed("training", micro_batch_size=other),
-                shape,
-            )
+def _search(config: Config, cluster, shape: tuple[int, int, int]) -> list:
+    """Plans with other settings that compute the same run, with fewer rows until one fits."""
+    tried: list = []
+    rows = config.training.micro_batch_size
     data, fsdp, tensor = shape
+
+    def attempt(shape: tuple[int, int, int] = shape, rows: int = rows, **model) -> None:
+        model = {
+            name: value for name, value in model.items() if value != getattr(config.model, name)
+        }
+        change = [f"--config.model.{name}={value}" for name, value in model.items()]
+        if rows != config.training.micro_batch_size:
+            change.append(f"--config.training.micro_batch_size={rows}")
+        if shape != (data, fsdp, tensor):
+            change.append(f"--mesh={'x'.join(map(str, shape))}")
+        if not change:
+            return
+        other = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, **model),
+            training=dataclasses.replace(config.training, micro_batch_size=rows),
+        )
+        try:
+            tried.append(_plan(other, cluster, shape, " ".join(change)))
+        except ValueError as error:  # a mesh or batch that does not divide
+            print(f"  {' '.join(change)}: {str(error).splitlines()[-1].strip()}", flush=True)
+
+    for remat, unroll in _REMATS:
+        attempt(remat=remat, scan_unroll=unroll)
+    attempt(rows=2 * rows)
     if fsdp % 2 == 0:
-        yield f"--mesh={2 * data}x{fsdp // 2}x{tensor}", config, (2 * data, fsdp // 2, tensor)
-        yield f"--mesh={data}x{fsdp // 2}x{2 * tensor}", config, (data, fsdp // 2, 2 * tensor)
+        attempt((2 * data, fsdp // 2, tensor))
+        attempt((data, fsdp // 2, 2 * tensor))
+    while rows > 1 and not any(plan.fits for plan in tried):
+        rows //= 2
+        for remat, unroll in _REMATS:
+            attempt(rows=rows, remat=remat, scan_unroll=unroll)
+    return tried
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax.kernels.linear import embed, linear
+from tinyllama_jax.kernels.linear import linear
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,3 @@ def test_weights_are_cast_to_the_compute_dtype():
     )
     assert linear(x, jnp.ones((8, 4), jnp.float32)).dtype == jnp.bfloat16
     assert gradient.dtype == jnp.float32
-
-
-def test_embed_takes_rows():
-    table = jnp.arange(12.0).reshape(4, 3)
-    out = embed(table, jnp.array([[3, 0]]), jnp.bfloat16)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(out, np.float32), [[[9, 10, 11], [0, 1, 2]]])

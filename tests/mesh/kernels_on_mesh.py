@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from tinyllama_jax.kernels import cross_entropy
+from tinyllama_jax.kernels import cross_entropy, target
 from tinyllama_jax.kernels.attention import api
+from tinyllama_jax.kernels.embedding import embed
 from tinyllama_jax.parallel.mesh import BATCH, TENSOR, P, make_mesh
 from tinyllama_jax.planning.collectives import collectives
 
@@ -108,6 +109,26 @@ def check_attention(mesh, implementation):
     assert not collectives(text), f"{implementation} on {dict(mesh.shape)}: {collectives(text)}"
 
 
+def check_embedding(mesh, device):
+    """As a GPU sums it and as a CPU does; what travels is the table once, and rows."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    table = jax.random.normal(keys[0], (V, D))
+    tokens = jax.random.randint(keys[1], (B, S), 0, V)
+    dx = jax.random.normal(keys[2], (B, S, D))
+
+    def values_and_gradients(table, tokens, dx):
+        x, vjp = jax.vjp(lambda table: embed(table, tokens, jnp.float32), table)
+        return x, *vjp(dx)
+
+    expected = jax.jit(values_and_gradients)(table, tokens, dx)
+    arrays = placed(mesh, [table, tokens, dx], [P(TENSOR, "fsdp"), P(BATCH), P(BATCH)])
+    with jax.set_mesh(mesh), target.compile_for(device):
+        run = jax.jit(lambda *x: values_and_gradients(*x))  # a trace for this device
+        found = run(*arrays)
+        close(found, expected, f"{device.platform} on {dict(mesh.shape)}")
+        assert found[1].sharding.is_equivalent_to(arrays[0].sharding, 2), found[1].sharding
+
+
 def check_refusals(mesh):
     hidden, unembedding, targets, weights, _ = loss_example()
     with jax.set_mesh(mesh):
@@ -141,6 +162,10 @@ def main(what: str) -> None:
         for shape in [(2, 2, 2), (1, 8, 1), (1, 1, 8)]:
             check_attention(make_mesh(shape), "folded")
         check_attention(make_mesh((2, 2, 2)), "flash")
+    elif what == "embedding":
+        for shape in MESHES:
+            for device in (target.Target("cpu"), target.Target("gpu", (9, 0))):
+                check_embedding(make_mesh(shape), device)
     else:
         check_refusals(make_mesh((2, 2, 2)))
 

@@ -3,6 +3,6 @@
 import pytest
 
 
-@pytest.mark.parametrize("what", ["losses", "attention", "refusals"])
+@pytest.mark.parametrize("what", ["losses", "attention", "embedding", "refusals"])
 def test_on_8_devices(on_devices, what):
     on_devices("kernels_on_mesh", what)

@@ -1,6 +1,6 @@
 """Compiles parts of the step for GPUs that are not there, in a process of its own.
 
-    python -m tests.planning.compiled_for_gpus kernels|loss|remat GPU DUMP
+    python -m tests.planning.compiled_for_gpus kernels|loss|remat|attention|embedding GPU DUMP
 
 Prints JSON. Needs the CUDA plugin and `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1`; for the kernels also
 `XLA_FLAGS=--xla_dump_to=DUMP`.
@@ -27,7 +27,7 @@ from tests.kernels.test_attention import variants
 from tinyllama_jax.config import load_config_file
 from tinyllama_jax.kernels import cross_entropy, target
 from tinyllama_jax.kernels.attention import api
-from tinyllama_jax.planning.compile import compile_step, make_topology
+from tinyllama_jax.planning.compile import compile_step, lower_step, make_topology
 from tinyllama_jax.planning.devices import Gpu, parse_gpus
 
 PTXAS = pathlib.Path(sysconfig.get_paths()["purelib"], "nvidia/cu13/bin/ptxas")
@@ -130,8 +130,44 @@ def remat(gpu: str) -> dict[str, int]:
     return sizes
 
 
+def small_step(gpu: str, **model) -> str:
+    """The compiled step of two layers of the 1.1B model, as text."""
+    config = load_config_file("configs/tinyllama_1b.py")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_layers=2, **model),
+        training=dataclasses.replace(config.training, global_batch_tokens=16_384),
+    )
+    cluster = parse_gpus(gpu)
+    return lower_step(config, cluster, (1, 1, 1)).compile().as_text()
+
+
+def attention(gpu: str) -> dict[str, int]:
+    """How often the forward pass of attention stands in a step of two layers."""
+    calls = {"cudnn": '"__cudnn$fmhaSoftmax"', "flash": "flash_attention_forward"}
+    return {
+        f"{name} {remat} {unroll}": sum(
+            call in line and "custom-call(" in line
+            for line in small_step(
+                gpu, attention=name, remat=remat, scan_unroll=unroll
+            ).splitlines()
+        )
+        for name, call in calls.items()
+        for remat, unroll in (("none", 0), ("dots", 0), ("attention", 0), ("attention", 1))
+    }
+
+
+def embedding(gpu: str) -> dict[str, list[str]]:
+    """Scatters and sorts of a step that must be deterministic."""
+    text = small_step(gpu, attention="flash", scan_unroll=0)
+    return {
+        kind: [line for line in text.splitlines() if f" {kind}(" in line]
+        for kind in ("scatter", "sort")
+    }
+
+
 if __name__ == "__main__":
     what, gpu, dump = sys.argv[1:]
-    functions = {"kernels": functools.partial(kernels, dump=pathlib.Path(dump)), "loss": loss,
-                 "remat": remat}  # fmt: skip
+    functions = {"loss": loss, "remat": remat, "attention": attention, "embedding": embedding}
+    functions["kernels"] = functools.partial(kernels, dump=pathlib.Path(dump))
     print(json.dumps(functions[what](gpu)))

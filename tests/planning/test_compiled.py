@@ -14,12 +14,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = with_plugin
 
 
-def compiled(what, gpu, dump):
+def compiled(what, gpu, dump, flags=""):
     done = subprocess.run(
         [sys.executable, "-m", "tests.planning.compiled_for_gpus", what, gpu, str(dump)],
         cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-             "XLA_FLAGS": f"--xla_dump_to={dump}" if what == "kernels" else ""},
+             "XLA_FLAGS": f"--xla_dump_to={dump}" if what == "kernels" else flags},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -53,3 +53,16 @@ def test_recomputing_frees_memory_unrolled_too(tmp_path):
     found = compiled("remat", "a100-80g", tmp_path)
     assert found["attention 0"] < 0.6 * found["none 0"]
     assert found["attention 1"] < 0.4 * found["none 1"]
+
+
+def test_attention_that_is_saved_is_not_computed_again(tmp_path):
+    for which, times in compiled("attention", "h200", tmp_path).items():
+        assert times == (1 if which.endswith("1") else 2), which  # in a loop it stands once
+
+
+def test_the_embeddings_gradient_needs_no_atomics(tmp_path):
+    """Told to be deterministic, XLA would sort all 33 million elements of it."""
+    flag = "--xla_gpu_exclude_nondeterministic_ops=true"
+    found = compiled("embedding", "h200", tmp_path, flag)
+    assert found["scatter"] and all("unique_indices=true" in line for line in found["scatter"])
+    assert found["sort"] and all("[16384]" in line for line in found["sort"])

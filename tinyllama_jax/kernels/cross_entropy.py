@@ -78,7 +78,7 @@ def _check(hidden: jax.Array, unembedding: jax.Array) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _weighted_sum(hidden, unembedding, targets, weights, z_loss, chunk):
     def local(hidden, unembedding, targets, weights):
-        matrix = _gathered(unembedding, hidden.dtype)
+        matrix = mesh.gather(unembedding.astype(hidden.dtype), 0)
 
         def add_chunk(sums, rows):
             x, targets, weights = rows
@@ -95,7 +95,7 @@ def _weighted_sum(hidden, unembedding, targets, weights, z_loss, chunk):
 
 def _weighted_sum_forward(hidden, unembedding, targets, weights, z_loss, chunk):
     def local(hidden, unembedding, targets, weights):
-        matrix = _gathered(unembedding, hidden.dtype)
+        matrix = mesh.gather(unembedding.astype(hidden.dtype), 0)
 
         def add_chunk(carry, rows):
             x, targets, weights = rows
@@ -113,7 +113,11 @@ def _weighted_sum_forward(hidden, unembedding, targets, weights, z_loss, chunk):
             ((zero, zero), jnp.zeros(matrix.shape, jnp.float32)),
             _split(chunk, hidden, targets, weights),
         )
-        return _over_rows(sums), _joined(dx, hidden), _scattered(dmatrix, unembedding.dtype)
+        return (
+            _over_rows(sums),
+            _joined(dx, hidden),
+            mesh.sum_and_scatter(dmatrix, 0).astype(unembedding.dtype),
+        )
 
     run = mesh.shard(local, (_ROWS, _MATRIX, _ROWS, _ROWS), ((P(), P()), _ROWS, _MATRIX))
     sums, dx, dmatrix = run(hidden, unembedding, targets, weights)
@@ -147,7 +151,7 @@ def _token_logps(hidden, unembedding, targets, chunk):
 
 def _token_logps_forward(hidden, unembedding, targets, chunk):
     def local(hidden, unembedding, targets):
-        matrix = _gathered(unembedding, hidden.dtype)
+        matrix = mesh.gather(unembedding.astype(hidden.dtype), 0)
 
         def chunk_losses(rows):
             x, targets = rows
@@ -164,7 +168,7 @@ def _token_logps_forward(hidden, unembedding, targets, chunk):
 
 def _token_logps_backward(chunk, residuals, dlogps):
     def local(hidden, unembedding, targets, lse, dlogps):
-        matrix = _gathered(unembedding, hidden.dtype)
+        matrix = mesh.gather(unembedding.astype(hidden.dtype), 0)
 
         def add_chunk(dmatrix, rows):
             x, targets, lse, dlogps = rows
@@ -178,7 +182,7 @@ def _token_logps_backward(chunk, residuals, dlogps):
             jnp.zeros(matrix.shape, jnp.float32),
             _split(chunk, hidden, targets, lse, dlogps),
         )
-        return _joined(dx, hidden), _scattered(dmatrix, unembedding.dtype)
+        return _joined(dx, hidden), mesh.sum_and_scatter(dmatrix, 0).astype(unembedding.dtype)
 
     run = mesh.shard(local, (_ROWS, _MATRIX, _ROWS, _ROWS, _ROWS), (_ROWS, _MATRIX))
     return *run(*residuals, dlogps), None
@@ -192,23 +196,6 @@ _token_logps.defvjp(_token_logps_forward, _token_logps_backward)
 
 def _sharded(axis: str) -> bool:
     return mesh.local_size(axis) > 1
-
-
-def _gathered(unembedding, dtype):
-    """The rows of the output matrix from all of `fsdp`: `(D, V / tensor)` in the compute dtype."""
-    matrix = unembedding.astype(dtype)
-    if _sharded("fsdp"):
-        matrix = jax.lax.all_gather(matrix, "fsdp", axis=0, tiled=True)
-    return matrix
-
-
-def _scattered(dmatrix, dtype):
-    """The sum over all rows of the batch, each device keeping its rows of the matrix."""
-    if _sharded("fsdp"):
-        dmatrix = jax.lax.psum_scatter(dmatrix, "fsdp", scatter_dimension=0, tiled=True)
-    if _sharded("data"):
-        dmatrix = jax.lax.psum(dmatrix, "data")
-    return dmatrix.astype(dtype)
 
 
 def _over_rows(sums):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 
 from tinyllama_jax.kernels import target
 
@@ -55,8 +54,3 @@ def _matmul_cpu_backward(residuals, dy):
 
 
 _matmul_cpu.defvjp(_matmul_cpu_forward, _matmul_cpu_backward)
-
-
-def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of table `(V, D)` at tokens `(B, S)` int32: `(B, S, D)` in dtype."""
-    return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)

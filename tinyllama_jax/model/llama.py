@@ -30,8 +30,10 @@ import jax.numpy as jnp
 
 from tinyllama_jax.config import ModelConfig
 from tinyllama_jax.kernels import target
+from tinyllama_jax.kernels.attention import cudnn
 from tinyllama_jax.kernels.attention.api import attention
-from tinyllama_jax.kernels.linear import embed, linear
+from tinyllama_jax.kernels.embedding import embed
+from tinyllama_jax.kernels.linear import linear
 from tinyllama_jax.model.cache import KVCache, write
 from tinyllama_jax.parallel import mesh
 from tinyllama_jax.parallel.mesh import BATCH, TENSOR, P
@@ -113,7 +115,7 @@ class _Transformer(nn.Module):
         embedding = self.param("embedding", _normal(c), (c.vocab_size, c.d_model))
         if not c.tie_embeddings:  # read by Llama.unembed
             self.param("unembedding", _normal(c), (c.d_model, c.vocab_size))
-        x = embed(mesh.constrain(embedding, P(TENSOR)), tokens, self.dtype)  # (B, S, D)
+        x = embed(embedding, tokens, self.dtype)  # (B, S, D)
         x = mesh.constrain(x, P(BATCH))
         angles = rope_angles(positions, c.head_dim, c.rope_theta)
         lengths = None if cache is None else cache.lengths
@@ -248,7 +250,9 @@ def _remat(layer, policy: str, in_loop: bool):
     does it all the same).
     """
     policies = jax.checkpoint_policies
-    attention_only = policies.save_only_these_names("attention_out", "attention_lse")
+    attention_only = policies.save_from_both_policies(
+        policies.save_only_these_names("attention_out", "attention_lse"), cudnn.is_forward
+    )
     if policy == "none":
         return layer
     saved = {

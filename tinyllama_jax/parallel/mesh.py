@@ -49,6 +49,22 @@ def local_size(axis: str) -> int:
     return mesh.shape[axis] if manual.get(axis) == AxisType.Manual else 1
 
 
+def gather(x: jax.Array, axis: int) -> jax.Array:
+    """Within `shard`: a matrix from all of `fsdp`, which cuts it along `axis`."""
+    if local_size("fsdp") > 1:
+        x = jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+    return x
+
+
+def sum_and_scatter(x: jax.Array, axis: int) -> jax.Array:
+    """Within `shard`: the sum over all rows of the batch, cut over `fsdp` along `axis`."""
+    if local_size("fsdp") > 1:
+        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+    if local_size("data") > 1:
+        x = jax.lax.psum(x, "data")
+    return x
+
+
 def parts(axes: tuple[str, ...]) -> int:
     """Into how many parts the mesh in use cuts what lies along these axes."""
     return math.prod(sizes().get(axis, 1) for axis in axes)

@@ -27,7 +27,7 @@ from tinyllama_jax.planning.collectives import Collective, collectives
 from tinyllama_jax.planning.devices import Cluster
 from tinyllama_jax.training.losses import NextToken
 from tinyllama_jax.training.optimizer import make_optimizer
-from tinyllama_jax.training.step import init_state, make_train_step
+from tinyllama_jax.training.step import TrainState, init_state, make_train_step
 
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
@@ -87,21 +87,9 @@ def compile_step(config: Config, cluster: Cluster, shape: tuple[int, int, int]) 
     Raises:
       ValueError: no plugin, or a mesh that the cluster or the model does not fit.
     """
-    if np.prod(shape) != cluster.size:
-        raise ValueError(
-            f"a mesh of {'x'.join(map(str, shape))} ({' x '.join(AXES)}) has {np.prod(shape)} "
-            f"GPUs, but the machines have {cluster.size}"
-        )
-    mesh = make_mesh(shape, make_topology(cluster).devices)
-    model, optimizer = Llama(config.model), make_optimizer(config.optimizer)
     began = time.perf_counter()
-    here = target.Target("gpu", cluster.gpu.compute_capability)
-    with target.compile_for(here), jax.set_mesh(mesh):
-        step = make_train_step(model, NextToken(config), optimizer, config)
-        state = jax.eval_shape(lambda: init_state(model, optimizer, seed=0))
-        state = jax.tree.map(_placed, state, rules.shardings(state, mesh))
-        traced = step.trace(state, _batch(config, mesh))
-        compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    lowered, state = _lower(config, cluster, shape)
+    compiled = lowered.compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     params = _bytes_per_device(state.params)
@@ -113,9 +101,33 @@ def compile_step(config: Config, cluster: Cluster, shape: tuple[int, int, int]) 
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
-        collectives=tuple(collectives(compiled.as_text())),
+        collectives=tuple(collectives(compiled.as_text() or "")),
         seconds=time.perf_counter() - began,
     )
+
+
+def lower_step(config: Config, cluster: Cluster, shape: tuple[int, int, int]) -> jax.stages.Lowered:
+    """As `compile_step`, before the compiler."""
+    return _lower(config, cluster, shape)[0]
+
+
+def _lower(
+    config: Config, cluster: Cluster, shape: tuple[int, int, int]
+) -> tuple[jax.stages.Lowered, TrainState]:
+    if np.prod(shape) != cluster.size:
+        raise ValueError(
+            f"a mesh of {'x'.join(map(str, shape))} ({' x '.join(AXES)}) has {np.prod(shape)} "
+            f"GPUs, but the machines have {cluster.size}"
+        )
+    mesh = make_mesh(shape, make_topology(cluster).devices)
+    model, optimizer = Llama(config.model), make_optimizer(config.optimizer)
+    here = target.Target("gpu", cluster.gpu.compute_capability)
+    with target.compile_for(here), jax.set_mesh(mesh):
+        step = make_train_step(model, NextToken(config), optimizer, config)
+        state = jax.eval_shape(lambda: init_state(model, optimizer, seed=0))
+        state = jax.tree.map(_placed, state, rules.shardings(state, mesh))
+        traced = step.trace(state, _batch(config, mesh))
+        return traced.lower(lowering_platforms=("cuda",)), state
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -93,8 +93,11 @@ def estimate(
     )
     params = parameter_count(model) / (fsdp * tensor)
     passes = config.accumulation_steps(data * fsdp)
+    elementwise = _activation_bytes_per_token(model)
+    if model.remat != "none":  # its forward third again
+        elementwise *= 4 / 3
     moved = (
-        tokens * _activation_bytes_per_token(model) / tensor
+        tokens * elementwise / tensor
         + passes * 8 * params  # the float32 sum of gradients, read and written
         + 28 * params  # params and two moments read and written, the gradient read
     )

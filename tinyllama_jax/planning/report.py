@@ -126,20 +126,24 @@ def text(plan: Plan, price: float) -> str:
 
 def table(plans: list[Plan]) -> str:
     """What was tried, best first."""
-    lines = [f"{'changed':<58}{'peak GiB':>9}{'tokens/s':>10}"]
-    lines += [f"{name:<58}{peak:>9}{speed:>10}" for name, peak, speed in _tried(plans)]
+    lines = [f"{'peak GiB':>8}{'tokens/s':>10}  settings"]
+    lines += [f"{peak:>8}{speed:>10}  {name}" for name, peak, speed in _tried(plans)]
     return "\n".join(lines)
 
 
+def ranked(plans: list[Plan]) -> list[Plan]:
+    """The fastest that fits first; what does not fit last."""
+    return sorted(plans, key=lambda p: (not p.fits, -p.estimate.tokens_per_second))
+
+
 def _tried(plans: list[Plan]) -> list[tuple[str, str, str]]:
-    ranked = sorted(plans, key=lambda p: (not p.fits, -p.estimate.tokens_per_second))
     return [
         (
-            (plan.change or "(as it is)") + ("" if plan.fits else "  does not fit"),
+            (plan.change or "(as it is)") + ("" if plan.fits else " (does NOT fit)"),
             f"{plan.compiled.peak_bytes / _GIB:.1f}",
             f"{plan.estimate.tokens_per_second:,.0f}",
         )
-        for plan in ranked
+        for plan in ranked(plans)
     ]
 
 
