@@ -208,11 +208,11 @@ def _decode(arguments: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from tinyllama_jax.benchmarks import decode
-    from tinyllama_jax.planning.devices import GPUS
+    from tinyllama_jax.parallel.devices import find_gpu
 
     model = _model(arguments)
-    kind = jax.local_devices()[0].device_kind
-    bandwidth = next((gpu.bandwidth for gpu in GPUS.values() if gpu.title in kind), 0.0)
+    gpu = find_gpu(jax.local_devices()[0].device_kind)
+    bandwidth = gpu.bandwidth if gpu else 0.0
     size: dict[str, Any] = {
         "rows": arguments.rows,
         "prompt_tokens": arguments.prompt_tokens,

@@ -32,9 +32,11 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{argv[1:]} are not flags; settings are given as --config.SETTING=VALUE")
     # Read when the plugin is loaded: it is to look for no driver.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    from tinyllama_jax.benchmarks.report import RESULTS
+    from tinyllama_jax.parallel.devices import GPUS, parse_gpus
     from tinyllama_jax.planning import report
     from tinyllama_jax.planning.compile import require_plugin
-    from tinyllama_jax.planning.devices import GPUS, parse_gpus
+    from tinyllama_jax.planning.measured import compare_with
 
     if not _GPUS.value:
         known = ", ".join(GPUS)
@@ -44,14 +46,15 @@ def main(argv: list[str]) -> None:
     shape = _parse_mesh(_MESH.value) if _MESH.value else (1, cluster.size, 1)
     config = freeze(_CONFIG.value)
     plan = _plan(config, cluster, shape, "")
-    print(report.text(plan, _PRICE.value), flush=True)
+    compared = compare_with(RESULTS)
+    print(report.text(plan, _PRICE.value, compared), flush=True)
     tried = [plan]
     if _SEARCH.value or not plan.fits:
         print("\ntrying other settings:", flush=True)
         tried += _search(config, cluster, shape)
         print(report.table(tried))
     if _HTML.value:
-        pathlib.Path(_HTML.value).write_text(report.page(plan, tried, _PRICE.value))
+        pathlib.Path(_HTML.value).write_text(report.page(plan, tried, _PRICE.value, compared))
         print(f"\nwritten to {_HTML.value}")
     best = report.ranked(tried)[0]
     if best.fits:

@@ -27,8 +27,8 @@ from tests.kernels.test_attention import variants
 from tinyllama_jax.config import load_config_file
 from tinyllama_jax.kernels import cross_entropy, target
 from tinyllama_jax.kernels.attention import api
+from tinyllama_jax.parallel.devices import Gpu, parse_gpus
 from tinyllama_jax.planning.compile import compile_step, lower_step, make_topology
-from tinyllama_jax.planning.devices import Gpu, parse_gpus
 
 PTXAS = pathlib.Path(sysconfig.get_paths()["purelib"], "nvidia/cu13/bin/ptxas")
 TOKENS, D, V = 16_384, 2048, 32_000

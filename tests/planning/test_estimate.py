@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from tinyllama_jax.config import load_config_file
+from tinyllama_jax.parallel.devices import parse_gpus
 from tinyllama_jax.planning import estimate as module
 from tinyllama_jax.planning.collectives import Collective
-from tinyllama_jax.planning.devices import parse_gpus
 from tinyllama_jax.planning.estimate import estimate
 
 CONFIG = load_config_file("configs/tinyllama_1b.py")

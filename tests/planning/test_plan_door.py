@@ -61,6 +61,7 @@ def test_the_papers_setup_fits(gpus, remat, most, tmp_path):
     peak, verdict = peak_of(done.stdout)
     assert peak < most and verdict == "fits"
     assert "passes of 8 x 2048 on each GPU" in done.stdout and "cost, at best" in done.stdout
+    assert "the estimate of time" in done.stdout
     page = (tmp_path / "plan.html").read_text()
     assert f"{peak:.1f} GiB" in page and "http" not in page
 

@@ -20,6 +20,7 @@ from tinyllama_jax.benchmarks.torch_llama import torch_llama
 from tinyllama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.model.llama import Llama
+from tinyllama_jax.parallel.devices import peak_flops
 from tinyllama_jax.training import flops
 from tinyllama_jax.training.losses import NextToken
 from tinyllama_jax.training.optimizer import make_optimizer
@@ -116,7 +117,7 @@ def compare(
                 f"{name} and {OURS} do not compute the same thing: losses {values} and "
                 f"{losses[OURS]} differ by up to {difference:.1e}; a speed would mean nothing"
             )
-    peak = flops.peak_flops(jax.local_devices()[0].device_kind)
+    peak = peak_flops(jax.local_devices()[0].device_kind)
     counts = {
         "mfu_causal": flops.causal_flops_per_token(model, seq_len),
         "mfu_palm": flops.palm_flops_per_token(model, seq_len),

@@ -22,9 +22,9 @@ from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.kernels import target
 from tinyllama_jax.model.llama import Llama
 from tinyllama_jax.parallel import rules
+from tinyllama_jax.parallel.devices import Cluster
 from tinyllama_jax.parallel.mesh import AXES, make_mesh
 from tinyllama_jax.planning.collectives import Collective, collectives
-from tinyllama_jax.planning.devices import Cluster
 from tinyllama_jax.training.losses import NextToken
 from tinyllama_jax.training.optimizer import make_optimizer
 from tinyllama_jax.training.step import TrainState, init_state, make_train_step

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from tinyllama_jax.config import Config, ModelConfig
 from tinyllama_jax.model.llama import parameter_count
+from tinyllama_jax.parallel.devices import Cluster
 from tinyllama_jax.planning.collectives import Collective
-from tinyllama_jax.planning.devices import Cluster
 from tinyllama_jax.training import flops
 
 # Shares of the bfloat16 peak. Large matrix products: 790 of 989.5 TFLOP/s, measured on an H200.

@@ -7,10 +7,11 @@ import dataclasses
 import html
 
 from tinyllama_jax.config import Config
+from tinyllama_jax.parallel.devices import Cluster
 from tinyllama_jax.parallel.mesh import AXES
 from tinyllama_jax.planning.compile import CompiledStep
-from tinyllama_jax.planning.devices import Cluster
 from tinyllama_jax.planning.estimate import Estimate
+from tinyllama_jax.planning.measured import Comparison
 from tinyllama_jax.training import flops
 
 _GIB = 1 << 30
@@ -103,6 +104,16 @@ def summary_rows(plan: Plan, price: float) -> list[tuple[str, str]]:
     return rows
 
 
+def trust_lines(compared: list[Comparison]) -> list[str]:
+    """How the estimate of time did where it can be checked."""
+    if not compared:
+        return ["no measurement on a GPU is held: nothing has checked the estimate of time yet"]
+    return ["the estimate of time beside what was measured, tokens/s per GPU:"] + [
+        f"  {c.estimated:,.0f} estimated, {c.measured:,.0f} measured ({c.error:+.0%}): {c.title}"
+        for c in compared
+    ]
+
+
 def peak_line(plan: Plan) -> str:
     """The line that tells whether it fits."""
     peak, limit = plan.compiled.peak_bytes / _GIB, plan.cluster.gpu.memory_bytes / _GIB
@@ -110,7 +121,7 @@ def peak_line(plan: Plan) -> str:
     return f"peak per GPU: {peak:.1f} GiB of {limit:.1f} GiB ({verdict})"
 
 
-def text(plan: Plan, price: float) -> str:
+def text(plan: Plan, price: float, compared: list[Comparison]) -> str:
     """The plan for a terminal."""
     lines = [f"{name:<20}{value}" for name, value in summary_rows(plan, price)]
     lines += ["", peak_line(plan), ""]
@@ -121,7 +132,7 @@ def text(plan: Plan, price: float) -> str:
     if rows := sent_rows(plan):
         lines += ["", "sent and received per GPU and step:"]
         lines += [f"  {kind:<20}{size / _GIB:>9.2f} GiB in {n:,}" for kind, size, n in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *trust_lines(compared)])
 
 
 def table(plans: list[Plan]) -> str:
@@ -147,7 +158,7 @@ def _tried(plans: list[Plan]) -> list[tuple[str, str, str]]:
     ]
 
 
-def page(plan: Plan, tried: list[Plan], price: float) -> str:
+def page(plan: Plan, tried: list[Plan], price: float, compared: list[Comparison]) -> str:
     """The plan as an HTML page that needs nothing else."""
     limit = plan.cluster.gpu.memory_bytes
     bars = "".join(
@@ -169,6 +180,7 @@ def page(plan: Plan, tried: list[Plan], price: float) -> str:
     )
     return _PAGE.format(
         title=html.escape(f"{plan.cluster.size} x {plan.cluster.gpu.title}"),
+        trust="<br>".join(map(html.escape, trust_lines(compared))),
         peak=html.escape(peak_line(plan)), bars=bars, summary=summary,
         sent=f"<h2>Sent per GPU and step, GiB and times</h2><table>{sent}</table>" if sent else "",
         others=f"<h2>Tried, best first: peak GiB and tokens/s per GPU</h2><table>{others}</table>"
@@ -189,6 +201,7 @@ td.b div {{ background: #0072B2; height: 1.2em }}
 </style></head><body>
 <h1>Plan: {title}</h1>
 <table>{summary}</table>
+<p>{trust}</p>
 <h2>{peak}</h2>
 <table>{bars}</table>
 {sent}

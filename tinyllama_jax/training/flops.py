@@ -1,18 +1,9 @@
-"""Floating-point operations per token, and what a device could do: the two conventions of MFU."""
+"""Floating-point operations per token by the two conventions of MFU."""
 
 from __future__ import annotations
 
 from tinyllama_jax.config import ModelConfig
 from tinyllama_jax.model.llama import parameter_count
-
-# Dense bfloat16 peaks in FLOP/s, from the vendors' data sheets, by a part of jax's device_kind.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756.5e12,
-    "H100 NVL": 835.5e12,
-    "H100": 989.5e12,  # SXM; the first name that fits counts
-    "H200": 989.5e12,
-}
 
 
 def palm_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -35,8 +26,3 @@ def causal_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     )
     matmul_params = c.num_layers * per_layer + c.d_model * c.vocab_size
     return 6 * matmul_params + 6 * c.num_layers * c.num_heads * c.head_dim * seq_len
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by jax's name for it; None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)

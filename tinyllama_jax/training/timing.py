@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 
 from tinyllama_jax.config import Config
+from tinyllama_jax.parallel.devices import peak_flops
 from tinyllama_jax.training import flops
 
 
@@ -20,7 +21,7 @@ class StepTimer:
         device = jax.local_devices()[0]
         self._device = device
         self._flops_per_token: dict[str, float] = {}
-        peak = flops.peak_flops(device.device_kind)
+        peak = peak_flops(device.device_kind)
         if peak:
             model, seq_len = config.model, config.data.seq_len
             self._flops_per_token = {

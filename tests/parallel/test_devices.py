@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinyllama_jax.planning.devices import GPUS, parse_gpus
+from tinyllama_jax.parallel.devices import GPUS, parse_gpus, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,17 @@ def test_each_card_describes_itself_to_the_compiler():
         assert text.count("{") == text.count("}")
         # What one block may ask for is a little less than what a multiprocessor has.
         assert 0 < gpu.core_shared_bytes - gpu.block_shared_bytes <= 2048
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA H200", 989.5e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks(kind, expected):
+    assert peak_flops(kind) == expected

@@ -1,4 +1,4 @@
-"""GPUs as data: what a plan needs to know of a card that is not there.
+"""GPUs as data: what MFU needs to know of a card, and a plan of one that is not there.
 
 From NVIDIA's data sheets and architecture white papers; memory is what a driver reports, a little
 less than is printed on the card. Floating-point peaks are dense bfloat16 with float32 accumulation.
@@ -103,6 +103,26 @@ GPUS = {
         128, 128, 100 * _KIB, 99 * _KIB, 1536, 72 * _MIB, 2.52,
     ),
 }  # fmt: skip
+
+
+# Other forms of these cards, which a step may run on though no plan is made for them.
+_OTHER_PEAKS = {
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA H100 NVL": 835.5e12,
+}
+
+
+def find_gpu(device_kind: str) -> Gpu | None:
+    """The card that jax names so; None where it is not in the table."""
+    return next((gpu for gpu in GPUS.values() if gpu.title == device_kind), None)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device by jax's name for it; None where it is not known."""
+    gpu = find_gpu(device_kind)
+    return gpu.flops if gpu else _OTHER_PEAKS.get(device_kind)
 
 
 @dataclasses.dataclass(frozen=True)
