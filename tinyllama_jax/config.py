@@ -102,6 +102,15 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices share the work; -1 for one axis: all that are left."""
+
+    data: int = _free(1)  # copies of the model
+    fsdp: int = _free(-1)  # parts of each matrix; each device holds one and sees its own rows
+    tensor: int = _free(1)  # parts of heads, feed-forward width and vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     every_steps: int = _free(1000)  # 0: only at the end
     tokens: int = _free(1_048_576)  # validation tokens per source; 0: all
@@ -140,6 +149,7 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

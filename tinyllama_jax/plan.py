@@ -1,7 +1,7 @@
 """Plans a run on GPUs that are not there: memory to the byte, time at best.
 
 python -m tinyllama_jax.plan --config=configs/tinyllama_1b.py --gpus=a100-40g:2x8
-    [--mesh=1x16x1] [--search] [--price=1.5] [--html=plan.html] [--config.SECTION.SETTING=VALUE ...]
+    [--search] [--price=1.5] [--html=plan.html] [--config.SECTION.SETTING=VALUE ...]
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from tinyllama_jax.config import Config, freeze
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 _GPUS = flags.DEFINE_string("gpus", "", "Card, machines and GPUs in each: a100-40g:2x8, h200:8.")
-_MESH = flags.DEFINE_string("mesh", "", "data x fsdp x tensor; default: all GPUs along fsdp.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try other settings too; done anyway where none fits.")
 _PRICE = flags.DEFINE_float("price", 0.0, "Of a GPU-hour, for the cost of the run.")
 _NETWORK = flags.DEFINE_float("network", 25.0, "Between machines: GB/s per GPU in one direction.")
@@ -34,6 +33,7 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from tinyllama_jax.benchmarks.report import RESULTS
     from tinyllama_jax.parallel.devices import GPUS, parse_gpus
+    from tinyllama_jax.parallel.mesh import shape_of
     from tinyllama_jax.planning import report
     from tinyllama_jax.planning.compile import require_plugin
     from tinyllama_jax.planning.measured import compare_with
@@ -43,8 +43,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"no --gpus: name a card and how many, as a100-40g:2x8; known: {known}")
     cluster = parse_gpus(_GPUS.value)
     require_plugin()
-    shape = _parse_mesh(_MESH.value) if _MESH.value else (1, cluster.size, 1)
     config = freeze(_CONFIG.value)
+    shape = shape_of(config.mesh, cluster.size)
     plan = _plan(config, cluster, shape, "")
     compared = compare_with(RESULTS)
     print(report.text(plan, _PRICE.value, compared), flush=True)
@@ -76,16 +76,10 @@ def _plan(config: Config, cluster, shape: tuple[int, int, int], change: str):
     return Plan(config, cluster, shape, compiled, times, change)
 
 
-def _parse_mesh(text: str) -> tuple[int, int, int]:
-    parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f'--mesh "{text}" is not three numbers data x fsdp x tensor, as 2x8x1')
-    data, fsdp, tensor = map(int, parts)
-    return data, fsdp, tensor
-
-
 def _search(config: Config, cluster, shape: tuple[int, int, int]) -> list:
     """Plans with other settings that compute the same run, with fewer rows until one fits."""
+    from tinyllama_jax.parallel.mesh import AXES
+
     tried: list = []
     rows = config.training.micro_batch_size
     data, fsdp, tensor = shape
@@ -98,7 +92,7 @@ def _search(config: Config, cluster, shape: tuple[int, int, int]) -> list:
         if rows != config.training.micro_batch_size:
             change.append(f"--config.training.micro_batch_size={rows}")
         if shape != (data, fsdp, tensor):
-            change.append(f"--mesh={'x'.join(map(str, shape))}")
+            change += [f"--config.mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True)]
         if not change:
             return
         other = dataclasses.replace(

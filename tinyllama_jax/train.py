@@ -27,8 +27,11 @@ _PREPARE_BYTES = 1 << 30
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ValueError(f"{argv[1:]} are not flags; settings are given as --config.SETTING=VALUE")
+    import jax
+
     from tinyllama_jax.data.dataset import open_datasets
     from tinyllama_jax.data.prepare import prepare_sources
+    from tinyllama_jax.parallel import mesh
     from tinyllama_jax.runs import curves, directory
     from tinyllama_jax.runs.lock import RunLock
     from tinyllama_jax.text.tokenizer import Tokenizer
@@ -55,10 +58,12 @@ def main(argv: list[str]) -> None:
         datasets = open_datasets(config, prepared, tokenizer.sha256)
         print(datasets.training.describe(config.total_steps), flush=True)
         loss_fn = NextToken(config, tokenizer.bos_id, tokenizer.eos_id)
-        train(
-            config, run_dir, datasets.training, datasets.validation, loss_fn,
-            resume=_RESUME.value, lock=lock,
-        )  # fmt: skip
+        shape = mesh.shape_of(config.mesh, jax.device_count())
+        with mesh.in_use(shape):
+            train(
+                config, run_dir, datasets.training, datasets.validation, loss_fn,
+                resume=_RESUME.value, lock=lock,
+            )  # fmt: skip
         curves.write_loss_picture(run_dir)
     print(f"\nthe loss curve: {run_dir / 'loss.png'}")
     _show_sample(run_dir)

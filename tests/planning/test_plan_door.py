@@ -26,9 +26,12 @@ def plan(*flags, config="configs/tinyllama_1b.py"):
             ["--gpus=h200"], "run pip install -e '.[cuda13]'",
             marks=pytest.mark.skipif(PLUGIN, reason="the plugin is there"),
         ),
-        pytest.param(["--gpus=h200:8", "--mesh=8"], "not three numbers", marks=with_plugin),
         pytest.param(
-            ["--gpus=h200:8", "--mesh=1x4x1"], "has 4 GPUs, but the machines have 8",
+            ["--gpus=h200:8", "--config.mesh.data=-1"], "and -1 (all that are left) for one axis",
+            marks=with_plugin,
+        ),
+        pytest.param(
+            ["--gpus=h200:8", "--config.mesh.fsdp=4"], "a mesh of 4 devices, but there are 8",
             marks=with_plugin,
         ),
         pytest.param(

@@ -10,13 +10,17 @@ kernel runs in a `shard_map`: each device works on its own rows and heads.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+
+from tinyllama_jax.config import MeshConfig
 
 BATCH = ("data", "fsdp")
 TENSOR = "tensor"
@@ -26,6 +30,33 @@ AXES = (*BATCH, TENSOR)
 def make_mesh(shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of `data` x `fsdp` x `tensor` devices; None: of this process's."""
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def shape_of(settings: MeshConfig, device_count: int) -> tuple[int, int, int]:
+    """Sizes of `data`, `fsdp` and `tensor` for so many devices.
+
+    Raises:
+      ValueError: sizes that do not make up the number of devices.
+    """
+    asked = {axis: getattr(settings, axis) for axis in AXES}
+    known = math.prod(size for size in asked.values() if size != -1)
+    rest = [axis for axis, size in asked.items() if size == -1]
+    written = ", ".join(f"mesh.{axis} = {size}" for axis, size in asked.items())
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in asked.values()):
+        raise ValueError(f"{written}: sizes are 1 or more, and -1 (all that are left) for one axis")
+    if device_count % known or (not rest and known != device_count):
+        raise ValueError(
+            f"{written}: a mesh of {'a multiple of ' * bool(rest)}{known} devices, but there are "
+            f"{device_count}, and all are to work; set one axis to -1, or hide some (with "
+            f"CUDA_VISIBLE_DEVICES)"
+        )
+    data, fsdp, tensor = (device_count // known if size == -1 else size for size in asked.values())
+    return data, fsdp, tensor
+
+
+def in_use(shape: tuple[int, int, int]) -> AbstractContextManager[Any]:
+    """Sets a mesh of that shape over this process's devices; nothing where one device is all."""
+    return contextlib.nullcontext() if math.prod(shape) == 1 else jax.set_mesh(make_mesh(shape))
 
 
 def sizes() -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tinyllama_jax.parallel.mesh import BATCH, P
+from tinyllama_jax.parallel.mesh import BATCH, P, sizes
 
 # Leaves under layers/ are stacked over L first.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -83,6 +83,28 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
             + "\n".join(f"  - {problem}" for problem in problems[:12])
         )
     return result
+
+
+def placed(shapes: Any) -> Any:
+    """A tree of `ShapeDtypeStruct`s, each with where it lives on the mesh in use, if there is one.
+
+    Raises:
+      ValueError: as `shardings`.
+    """
+    if not sizes():
+        return shapes
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings(shapes, jax.sharding.get_mesh()),
+    )
+
+
+def place_rows(batch: Any) -> Any:
+    """A batch's arrays with their rows over the mesh in use; as they are without one."""
+    if not sizes():
+        return batch
+    return jax.device_put(batch, batch_sharding(jax.sharding.get_mesh()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -16,6 +16,7 @@ from tinyllama_jax.config import Config
 from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.kernels.attention import api as attention
 from tinyllama_jax.model.llama import Llama
+from tinyllama_jax.parallel import mesh, rules
 from tinyllama_jax.progress import Progress
 from tinyllama_jax.runs.checkpoint import Checkpointer
 from tinyllama_jax.runs.lock import RunLock
@@ -60,6 +61,8 @@ def train(
 ) -> TrainState:
     """Trains until the token budget is spent, and returns the last state.
 
+    Under a mesh (`parallel.mesh.in_use`) the state is made, restored and saved in parts.
+
     Args:
       config: validated settings.
       run_dir: the run directory, its config.json written or compared by the caller.
@@ -89,7 +92,7 @@ def train(
         # The fresh state is not made before it is known to be needed: beside the restored one it
         # would double the memory.
         fresh = functools.partial(init_state, model, optimizer, config.training.seed)
-        shapes = jax.eval_shape(fresh)
+        shapes = rules.placed(jax.eval_shape(fresh))
         state = _resumed(shapes, resume, checkpoints, writer, data)
         if state is None:
             state = fresh(checkpoints.restore_initial_params(shapes.params))
@@ -99,7 +102,7 @@ def train(
             return state
 
         began = time.perf_counter()
-        compiled_step = step_fn.lower(state, data.batch_at(start)).compile()
+        compiled_step = step_fn.lower(state, rules.place_rows(data.batch_at(start))).compile()
         seconds = time.perf_counter() - began
         chosen = attention.resolve(
             model.compute_dtype, config.model.head_dim, config.data.document_mask
@@ -131,7 +134,7 @@ def train(
             in_flight: tuple[int, Metrics] | None = None
             for step in range(start + 1, total_steps + 1):
                 with timer.waiting_for_data():
-                    batch = next(batches)
+                    batch = rules.place_rows(next(batches))
                 state, metrics = compiled_step(state, batch)
                 # One step is always queued behind the one that runs, so the device never waits
                 # for the host, and the host never runs further ahead.
@@ -210,14 +213,14 @@ def _make_evaluation(
     weights = {source.name: source.weight for source in config.data.sources}
 
     def source_loss(state: TrainState, batches: Iterator[Batch]) -> float:
-        sums = [eval_step(state.params, batch) for batch in batches]
+        sums = [eval_step(state.params, rules.place_rows(batch)) for batch in batches]
         losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
         return math.fsum(losses) / math.fsum(counts)
 
     def evaluate(step: int, state: TrainState, writer: MetricsWriter, progress: Progress) -> None:
+        rows = config.training.micro_batch_size * mesh.parts(mesh.BATCH)
         losses = {
-            name: source_loss(state, source.batches(config.training.micro_batch_size))
-            for name, source in validation.items()
+            name: source_loss(state, source.batches(rows)) for name, source in validation.items()
         }
         if not losses:
             return

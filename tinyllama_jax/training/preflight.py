@@ -16,6 +16,7 @@ from tinyllama_jax.config_rules import validate
 from tinyllama_jax.data.prepare import examine_source
 from tinyllama_jax.data.workers import available_cores
 from tinyllama_jax.model.llama import Llama, parameter_count
+from tinyllama_jax.parallel import mesh, rules
 from tinyllama_jax.text.tokenizer import Tokenizer
 
 # As setup.cfg; installed versions outside are not known to work.
@@ -66,11 +67,6 @@ def _devices() -> list[Finding]:
                         "pip install -e '.[cuda13]' (or cuda12, for a driver before 580)",
                         "warning")
             )  # fmt: skip
-    elif len(devices) > 1:
-        findings.append(
-            Finding("devices", f"{len(devices)} devices are visible and one will be used: training "
-                    "runs on a single device so far", "warning")
-        )  # fmt: skip
     return findings
 
 
@@ -84,7 +80,12 @@ def examine(config: Config, run_dir: pathlib.Path) -> list[Finding]:
         Finding("tokenizer", f"{tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}")
     ]
     try:
-        validate(config, tokenizer_vocab_size=tokenizer.vocab_size)
+        shape = mesh.shape_of(config.mesh, jax.device_count())
+        rows_over = shape[0] * shape[1]
+        validate(config, device_count=rows_over, tokenizer_vocab_size=tokenizer.vocab_size)
+        if rows_over * shape[2] > 1:
+            shapes = jax.eval_shape(Llama(config.model).init, jax.random.key(0))
+            rules.shardings(shapes, mesh.make_mesh(shape))
     except ValueError as error:
         # The arithmetic below assumes settings that fit together.
         return [*findings, Finding("config", str(error), "problem")]
@@ -96,11 +97,11 @@ def examine(config: Config, run_dir: pathlib.Path) -> list[Finding]:
         )  # fmt: skip
     findings += [_source(source, config, tokenizer) for source in config.data.sources]
     parameters = parameter_count(config.model)
-    findings += [_batch(config, parameters), *_learning_rate(config)]
+    findings += [_batch(config, parameters, rows_over), *_learning_rate(config)]
     findings += [
         *_precision(config),
         *_remat(config),
-        _memory(parameters),
+        _memory(parameters, shape[1] * shape[2]),
         _disk(config, parameters, run_dir),
     ]
     return findings
@@ -117,14 +118,16 @@ def _source(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> Findi
     )
 
 
-def _batch(config: Config, parameters: int) -> Finding:
+def _batch(config: Config, parameters: int, rows_over: int) -> Finding:
     training = config.training
+    each = f" on each of {rows_over} devices" if rows_over > 1 else ""
     return Finding(
         "batch",
         f"{training.global_batch_tokens:,} tokens a step = {config.batch_rows} sequences of "
-        f"{config.data.seq_len} = {config.accumulation_steps(1)} passes of "
-        f"{training.micro_batch_size}; {config.total_steps:,} steps, {training.train_tokens:,} "
-        f"tokens, {training.train_tokens / parameters:.3g} per parameter ({parameters:,})",
+        f"{config.data.seq_len} = {config.accumulation_steps(rows_over)} passes of "
+        f"{training.micro_batch_size}{each}; {config.total_steps:,} steps, "
+        f"{training.train_tokens:,} tokens, {training.train_tokens / parameters:.3g} per parameter "
+        f"({parameters:,})",
     )
 
 
@@ -174,14 +177,15 @@ def _remat(config: Config) -> list[Finding]:
     return []
 
 
-def _memory(parameters: int) -> Finding:
+def _memory(parameters: int, parts: int) -> Finding:
     # Params, two moments and the gradient, float32. Activations come on top and depend on what
     # the compiler makes of them.
-    state = 16 * parameters
+    state = 16 * parameters // parts
     available = _device_memory() or _host_memory()
     text = f"{_bytes(state)} for params, moments and gradient, of {_bytes(available)}"
     if state > available:
-        return Finding("memory", f"{text}: the model does not fit on one device", "problem")
+        return Finding("memory", f"{text}: the model does not fit on one device; along mesh.fsdp "
+                       "each of several holds a part", "problem")  # fmt: skip
     return Finding("memory", text)
 
 

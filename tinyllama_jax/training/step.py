@@ -39,12 +39,15 @@ class TrainState:
 def init_state(
     model: Llama, optimizer: optax.GradientTransformation, seed: int, params: Params | None = None
 ) -> TrainState:
-    """The state before the first step, from fresh params (of `seed`) or from given ones."""
+    """The state before the first step, from fresh params (of `seed`) or from given ones.
+
+    Under a mesh each device makes its own parts only.
+    """
 
     @jax.jit
     def init(params: Params | None) -> TrainState:
         params = model.init(jax.random.key(seed)) if params is None else params
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
+        return _laid_out(TrainState(jnp.int32(0), params, optimizer.init(params)))
 
     return init(params)
 

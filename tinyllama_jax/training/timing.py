@@ -23,6 +23,7 @@ class StepTimer:
         self._flops_per_token: dict[str, float] = {}
         peak = peak_flops(device.device_kind)
         if peak:
+            peak *= jax.device_count()
             model, seq_len = config.model, config.data.seq_len
             self._flops_per_token = {
                 "mfu_causal": flops.causal_flops_per_token(model, seq_len) / peak,
