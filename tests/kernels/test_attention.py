@@ -16,7 +16,10 @@ from tinyllama_jax.model.presets import PRESETS
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 # The kernels' interpreter compiles slowly: the default suite has a part of its cases.
 SMALL = Tuning(Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(32, 16, 4, 2))
-GPUS = {"a100": target.Target("gpu", (8, 0)), "h200": target.Target("gpu", (9, 0))}
+GPUS = {
+    "a100": target.Target("gpu", (8, 0), "NVIDIA A100-SXM4-40GB"),
+    "h200": target.Target("gpu", (9, 0), "NVIDIA H200"),
+}
 
 
 class TestReference(AttentionSuite):
@@ -73,6 +76,16 @@ class TestFlashInterpretedInSmallBlocks(AttentionSuite):
 @on_gpu
 class TestFlashCompiled(AttentionSuite):
     implementation = "flash"
+    dtypes = ("bfloat16", "float16", "float32")
+
+    def test_tensorfloat32_is_the_default_of_float32(self):
+        with jax.default_matmul_precision("default"):
+            arrays = inputs(0, 1, 200, 200, 4, 2, 64)
+            out = jax.jit(lambda q, k, v: api.attention(q, k, v, implementation="flash"))(
+                *arrays[:3]
+            )
+        expected = oracle(*arrays, mask_of(1, 200, 200, True))[0]
+        assert np.abs(np.asarray(out) - expected).max() < 3e-3 * np.abs(expected).max()
 
 
 @on_gpu
@@ -80,6 +93,14 @@ class TestCudnn(AttentionSuite):
     implementation = "cudnn"
     dtypes = low_precision = ("bfloat16", "float16")
     segments = False
+
+    def check(self, case, dtype, **arguments):
+        S, T = case[1:3]
+        if S % 2 or T % 2:
+            with pytest.raises(ValueError, match="neither number may be odd"):
+                super().check(case, dtype, **arguments)
+        else:
+            super().check(case, dtype, **arguments)
 
     def test_the_same_inputs_give_the_same_bits(self):
         pytest.skip("cuDNN's backward pass adds with atomics")
@@ -91,7 +112,7 @@ class TestCudnn(AttentionSuite):
 def variants():
     """Each preset's heads in each dtype and mask that a training pass of it can have."""
     heads = {(c.num_heads, c.num_kv_heads, c.head_dim): name for name, c in sorted(PRESETS.items())}
-    shapes = [*heads, (4, 1, 128), (4, 4, 32)]
+    shapes = [*heads, (3, 1, 128), (4, 4, 32)]
     return [
         (shape, dtype, packed)
         for shape in shapes
@@ -101,8 +122,9 @@ def variants():
     ]
 
 
-def trace_for_gpu(shape, dtype, packed, gpu, S=1000):
-    """A pass forward and backward, traced for a GPU; S is no multiple of any block."""
+def trace_for_gpu(shape, dtype, packed, gpu, S=1100, causal=True):
+    """A pass forward and backward, traced for a GPU; S is no multiple of any block, and what it is
+    padded to no power of two."""
     N, K, H = shape
     q, k = (jax.ShapeDtypeStruct((2, S, heads, H), dtype) for heads in (N, K))
     segment_ids = jax.ShapeDtypeStruct((2, S), jnp.int32)
@@ -110,8 +132,10 @@ def trace_for_gpu(shape, dtype, packed, gpu, S=1000):
     def values_and_gradients(q, k, v, dout, segment_ids):
         segment_ids = segment_ids if packed else None
         out, vjp = jax.vjp(
-            lambda *x: api.attention(*x, segment_ids=segment_ids, implementation="flash"), q, k, v
-        )
+            lambda *x: api.attention(
+                *x, causal=causal, segment_ids=segment_ids, implementation="flash"
+            ), q, k, v,
+        )  # fmt: skip
         return (out, *vjp(dout))
 
     with target.compile_for(gpu):
@@ -121,8 +145,9 @@ def trace_for_gpu(shape, dtype, packed, gpu, S=1000):
 @pytest.mark.parametrize("gpu", GPUS)
 def test_flash_lowers_for_cuda(gpu):
     """Every variant of every preset becomes three Triton kernels."""
-    for shape, dtype, packed in variants():
-        traced = trace_for_gpu(shape, dtype, packed, GPUS[gpu])
+    full = ((32, 4, 64), "bfloat16", False)
+    for (shape, dtype, packed), causal in [*((v, True) for v in variants()), (full, False)]:
+        traced = trace_for_gpu(shape, dtype, packed, GPUS[gpu], causal=causal)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         for kernel in ("forward", "dq", "dkv"):
             assert f"flash_attention_{kernel}" in text, (shape, dtype, packed)
@@ -208,6 +233,13 @@ def test_refusals_say_what_to_do():
         api.attention(q, k, v, causal=False, implementation="flash")
     with pytest.raises(ValueError, match="dtypes float32 and float32 are not one and the same of"):
         api.attention(q, k, v, causal=False, implementation="cudnn")
+    half = jnp.zeros((1, 3, 2, 32), jnp.bfloat16)
+    with pytest.raises(ValueError, match="of 3 queries and 3 keys neither number may be odd"):
+        api.attention(half, half, half, implementation="cudnn")
+    with pytest.raises(ValueError, match="head_dim 36 is not a multiple of 8"):
+        api.attention(*[jnp.zeros((1, 4, 2, 36), jnp.bfloat16)] * 3, implementation="cudnn")
+    with pytest.raises(ValueError, match=r"segment_ids \(1, 5\) with 3 queries and 5 keys"):
+        api.attention(q, k, v, causal=False, segment_ids=jnp.zeros((1, 5), jnp.int32))
     with pytest.raises(ValueError, match="belong to decoding"):
         api.attention(q, k, v, kv_lengths=jnp.array([2]), causal=False, implementation="flash")
     with pytest.raises(ValueError, match=r"not one of auto, reference, folded, flash, cudnn"):
@@ -231,4 +263,6 @@ def test_auto_by_device():
     }
     for (device, dtype, head_dim, packed), expected in cases.items():
         with target.compile_for(device):
-            assert api.resolve(jnp.dtype(dtype), head_dim, packed) == expected
+            assert api.resolve(jnp.dtype(dtype), head_dim, 2048, packed) == expected
+    with target.compile_for(gpu):
+        assert api.resolve(jnp.dtype("bfloat16"), 64, 2047, False) == "flash"

@@ -30,7 +30,7 @@ from tinyllama_jax.kernels.attention import api
 from tinyllama_jax.parallel.devices import Gpu, parse_gpus
 from tinyllama_jax.planning.compile import compile_step, lower_step, make_topology
 
-PTXAS = pathlib.Path(sysconfig.get_paths()["purelib"], "nvidia/cu13/bin/ptxas")
+PTXAS = pathlib.Path(sysconfig.get_paths()["purelib"], "nvidia/cu13/bin/ptxas")  # of [cuda13]
 TOKENS, D, V = 16_384, 2048, 32_000
 
 
@@ -38,7 +38,8 @@ def compile_on(gpu: str, function, *shapes) -> jax.stages.Compiled:
     cluster = parse_gpus(gpu)
     one = SingleDeviceSharding(make_topology(cluster).devices[0])
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for x in shapes)
-    with target.compile_for(target.Target("gpu", cluster.gpu.compute_capability)):
+    here = target.Target("gpu", cluster.gpu.compute_capability, cluster.gpu.title)
+    with target.compile_for(here):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
 
 
@@ -63,7 +64,7 @@ def kernels(gpu: str, dump: pathlib.Path) -> list[dict]:
                 )
             text = compiled.as_text()
             kernel_calls = sum(f"flash_attention_{name}" in text for name in KERNELS)
-            known = assembled(dump, parse_gpus(gpu).gpu) if PTXAS.exists() else {}
+            known = assembled(dump, parse_gpus(gpu).gpu)
             for path in dump.iterdir():
                 path.unlink()
             done.append({

@@ -16,6 +16,7 @@ HloModule m
 
 %body.2 (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %x = (bf16[8,4]{1,0}, bf16[2]{0}) all-reduce(bf16[8,4]{1,0} %a, bf16[2]{0} %b), channel_id=1, replica_groups=[2,8]<=[16], to_apply=%region_0.1
+  %g2 = ((bf16[2]{0}, bf16[4]{0}), (bf16[4]{0}, bf16[8]{0})) all-gather-start(%p, %q), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_0'}, dimensions={0}
   %w = (s32[], f32[8,4]) while(%t), condition=%cond, body=%inner.1, backend_config={"known_trip_count":{"n":"3"}}
 }
 
@@ -29,10 +30,21 @@ ENTRY %main (p: f32[8]) -> f32[64] {
 
 def test_collectives_are_found_with_their_loops_and_groups():
     assert sorted(collectives(TEXT)) == [
+        Collective("all-gather", 8, 24, in_loop=True, times=22, group=2, span=9),
         Collective("all-gather", 64, 256, in_loop=False),
-        Collective("all-reduce", 32, 64, in_loop=True, times=22, group=8),
-        Collective("reduce-scatter", 32, 128, in_loop=True, times=66, group=2),
+        Collective("all-reduce", 32, 68, in_loop=True, times=22, group=8, span=8),
+        Collective("reduce-scatter", 32, 128, in_loop=True, times=66, group=2, span=2),
     ]
+
+
+def test_groups_across():
+    line = "ENTRY %m (p: f32[8]) -> f32[8] {{\n %r = f32[8] all-reduce(%p), replica_groups={}\n}}\n"
+    for groups, size, span in [
+        ("[8,2]<=[2,8]T(1,0)", 2, 9), ("[2,8]<=[16]", 8, 8), ("{{0,8},{1,9}}", 2, 9),
+        ("mesh['a'=2,'b'=4,'c'=2] {'b','c'}", 8, 8), ("{}", 0, 0),
+    ]:  # fmt: skip
+        (found,) = collectives(line.format(groups))
+        assert (found.group, found.span) == (size, span), groups
 
 
 def test_a_program_without_any():

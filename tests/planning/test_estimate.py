@@ -28,8 +28,8 @@ def test_the_papers_run():
 
 
 def test_what_is_sent_hides_until_it_is_too_much():
-    def sent(gib, group=16, kind="all-gather"):
-        return [Collective(kind, 0, int(gib * 2**30), False, 1, group)]
+    def sent(gib, group=16, kind="all-gather", span=0):
+        return [Collective(kind, 0, int(gib * 2**30), False, 1, group, span or group)]
 
     alone = estimate(CONFIG, PAPER, (1, 16, 1), [])
     little = estimate(CONFIG, PAPER, (1, 16, 1), sent(20))
@@ -39,6 +39,8 @@ def test_what_is_sent_hides_until_it_is_too_much():
     assert much.exposed_seconds == much.communication_seconds - much.matmul_seconds > 0
     within = estimate(CONFIG, PAPER, (2, 8, 1), sent(20, group=8))
     assert within.communication_seconds == pytest.approx(20 * 2**30 * 7 / 8 / 300e9)
+    across = estimate(CONFIG, PAPER, (2, 8, 1), sent(20, group=2, span=9))  # one in each machine
+    assert across.communication_seconds == pytest.approx(20 * 2**30 / 2 / 25e9)
     both_ways = estimate(CONFIG, PAPER, (1, 16, 1), sent(20, kind="all-reduce"))
     assert both_ways.communication_seconds == pytest.approx(2 * little.communication_seconds)
 

@@ -47,10 +47,19 @@ def compare(
     Raises:
       ValueError: a contender computes something else.
     """
+    # Products of float32 on a GPU would be TensorFloat-32 otherwise; torch's are not.
+    precision = "highest" if dtype == "float32" else None
+    with jax.default_matmul_precision(precision):
+        return _compare(shape, dtype, rounds, calls, against_torch)
+
+
+def _compare(
+    shape: Shape, dtype: str, rounds: int, calls: int, against_torch: bool
+) -> list[dict[str, Any]]:
     B, S, N, _, H = shape
     arrays = _inputs(shape, dtype)
     expected = _passes(functools.partial(api.attention, implementation="reference"))
-    with jax.default_matmul_precision("highest"):  # GPUs would use TensorFloat-32
+    with jax.default_matmul_precision("highest"):
         exact = jax.device_get(
             expected["forward and backward"](*(x.astype(jnp.float32) for x in arrays))
         )

@@ -35,7 +35,7 @@ from tinyllama_jax.kernels.attention.api import attention
 from tinyllama_jax.kernels.embedding import embed
 from tinyllama_jax.kernels.linear import linear
 from tinyllama_jax.model.cache import KVCache, write
-from tinyllama_jax.parallel import mesh
+from tinyllama_jax.parallel import mesh, rules
 from tinyllama_jax.parallel.mesh import BATCH, TENSOR, P
 
 Params = dict[str, Any]
@@ -161,7 +161,7 @@ class _Attention(nn.Module):
 
         def project(name: str, heads: int) -> jax.Array:
             weight = self.param(name, _normal(c), (D, heads, H))
-            return linear(x, _gathered(weight, P(None, TENSOR), x.dtype))  # (B, S, heads, H)
+            return linear(x, _gathered(weight, f"attention/{name}", x.dtype))  # (B, S, heads, H)
 
         q, k, v = project("query", N), project("key", K), project("value", K)
         q, k = rotate(q, angles), rotate(k, angles)
@@ -177,7 +177,8 @@ class _Attention(nn.Module):
                 q, k, v, q_positions=slots, kv_lengths=lengths + S, implementation="reference"
             )
         output = self.param("output", _output_normal(c), (N, H, D))
-        return linear(out, _gathered(output, P(TENSOR), x.dtype), contract=2), kv  # (B, S, D)
+        output = _gathered(output, "attention/output", x.dtype)
+        return linear(out, output, contract=2), kv  # (B, S, D)
 
 
 class _MLP(nn.Module):
@@ -191,26 +192,41 @@ class _MLP(nn.Module):
 
         def project(name: str) -> jax.Array:
             weight = self.param(name, _normal(c), (c.d_model, c.d_ff))
-            return linear(x, _gathered(weight, P(None, TENSOR), x.dtype))  # (B, S, F)
+            return linear(x, _gathered(weight, f"mlp/{name}", x.dtype))  # (B, S, F)
 
         hidden = nn.silu(project("gate")) * project("up")
         down = self.param("down", _output_normal(c), (c.d_ff, c.d_model))
-        return linear(hidden, _gathered(down, P(TENSOR), x.dtype))  # (B, S, D)
+        return linear(hidden, _gathered(down, "mlp/down", x.dtype))  # (B, S, D)
 
 
-def _gathered(weight: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
-    """A weight in the compute dtype and, under a mesh, whole but for its `tensor` axis.
+def _gathered(weight: jax.Array, path: str, dtype: jnp.dtype) -> jax.Array:
+    """A layer's weight in the compute dtype and, under a mesh, whole but for its `tensor` axis.
 
-    Cast first, so that half the bytes travel.
+    It travels in the compute dtype, half the bytes; its gradient is summed over devices in float32,
+    and each keeps its part. Left to the partitioner, that sum would come whole to every device on
+    meshes with both `data` and `fsdp`.
     """
-    return mesh.constrain(weight.astype(dtype), spec)
+    if not mesh.sizes():
+        return weight.astype(dtype)
+    stored = rules.layer_spec(path)
+    whole = P(*(axis if axis == TENSOR else None for axis in stored))
+
+    @jax.custom_vjp
+    def gather(weight: jax.Array) -> jax.Array:
+        return mesh.constrain(mesh.constrain(weight.astype(dtype), stored), whole)
+
+    def backward(_, gradient: jax.Array) -> tuple[jax.Array]:
+        return (mesh.constrain(gradient.astype(weight.dtype), stored),)
+
+    gather.defvjp(lambda weight: (gather(weight), None), backward)
+    return gather(weight)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis (arXiv 1910.07467), in float32; x's dtype out."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * scale.astype(x.dtype)
+    return (y * scale).astype(x.dtype)
 
 
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> jax.Array:

@@ -43,10 +43,15 @@ def param_spec(path: str) -> PartitionSpec:
     return found[0]
 
 
+def layer_spec(path: str) -> PartitionSpec:
+    """The spec of one layer's part of a stacked parameter, as "attention/query"."""
+    return P(*param_spec(f"layers/{path}")[1:])
+
+
 def specs(tree: Any) -> Any:
     """The spec of each leaf of a tree in which params may lie at any depth (a state, moments).
 
-    A leaf whose path ends in that of a parameter has its spec; scalars are replicated.
+    The keys of dicts on the way to a leaf name its parameter; scalars are replicated.
     """
     return jax.tree_util.tree_map_with_path(_spec_of_leaf, tree)
 

@@ -6,6 +6,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 _BITS = {"pred": 8}
@@ -17,10 +19,12 @@ class Collective(NamedTuple):
     Attributes:
       kind: as XLA names it.
       elements: of its largest operand or result.
-      bytes: of the same; what a device holds of the whole before or after it.
+      bytes: of all operands or all results, whichever is more: what a device holds of the whole
+        before or after it.
       in_loop: it stands in the body of a loop.
       times: how often it runs; 1 where a loop does not tell.
       group: devices that take part together; 0: all.
+      span: from the first to the last of them, as they are numbered; 0: all.
     """
 
     kind: str
@@ -29,6 +33,7 @@ class Collective(NamedTuple):
     in_loop: bool
     times: int = 1
     group: int = 0
+    span: int = 0
 
 
 def collectives(text: str) -> list[Collective]:
@@ -44,11 +49,14 @@ def collectives(text: str) -> list[Collective]:
         for line in lines:
             made = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\((.*)", line)
             if made:
-                shapes = _sizes(made[1]) + _sizes(made[4].split("channel_id")[0])
-                elements, size = max(shapes, key=lambda shape: shape[1], default=(0, 0))
+                elements, size = _elements_and_bytes(made)
                 runs = times.get(name)
+                group = _group(line)
+                span = group[-1] - group[0] + 1 if group else 0
                 found.append(
-                    Collective(made[2], elements, size, runs is not None, runs or 1, _group(line))
+                    Collective(
+                        made[2], elements, size, runs is not None, runs or 1, len(group), span
+                    )
                 )
     return found
 
@@ -98,10 +106,34 @@ def _sizes(text: str) -> list[tuple[int, int]]:
     return sizes
 
 
-def _group(line: str) -> int:
-    """Devices per group: replica_groups={{0,1},{2,3}} or [2,8]<=[16]."""
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
-    if iota:
-        return int(iota[2])
+def _elements_and_bytes(made: re.Match[str]) -> tuple[int, int]:
+    """Of the largest array, and of all operands or all results together."""
+    results, operands = _sizes(made[1]), _sizes(made[4].split("channel_id")[0])
+    sides = [operands, results]
+    if made[3] and made[2] != "all-reduce":  # an asynchronous start gives operands and results
+        half = len(results) // 2
+        sides = [operands, results[:half], results[half:]]
+    elements = max((n for n, _ in results + operands), default=0)
+    return elements, max(sum(size for _, size in side) for side in sides)
+
+
+def _group(line: str) -> list[int]:
+    """The first group of devices, in order: {{0,1},{2,3}}, [2,8]<=[16], or axes of a mesh."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    return len(listed[1].split(",")) if listed and listed[1] else 0
+    if listed:
+        return sorted(int(n) for n in listed[1].split(",") if n)
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if iota:
+        dims = [int(n) for n in iota[3].split(",")]
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        if iota[4]:
+            ids = ids.transpose([int(n) for n in iota[4].split(",")])
+        return sorted(ids.reshape(int(iota[1]), int(iota[2]))[0].tolist())
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+    if axes:
+        sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes[1])}
+        # Device 0 and those that differ from it along the named axes only.
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        named = re.findall(r"'([^']+)'", axes[2])
+        return sorted(ids[tuple(slice(None) if a in named else 0 for a in sizes)].ravel().tolist())
+    return []

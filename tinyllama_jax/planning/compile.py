@@ -121,7 +121,7 @@ def _lower(
         )
     mesh = make_mesh(shape, make_topology(cluster).devices)
     model, optimizer = Llama(config.model), make_optimizer(config.optimizer)
-    here = target.Target("gpu", cluster.gpu.compute_capability)
+    here = target.Target("gpu", cluster.gpu.compute_capability, cluster.gpu.title)
     with target.compile_for(here), jax.set_mesh(mesh):
         step = make_train_step(model, NextToken(config), optimizer, config)
         state = jax.eval_shape(lambda: init_state(model, optimizer, seed=0))

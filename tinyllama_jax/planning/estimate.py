@@ -133,7 +133,7 @@ def _activation_bytes_per_token(model: ModelConfig) -> float:
 
 def _seconds(one: Collective, cluster: Cluster, network_bandwidth: float) -> float:
     group = one.group or cluster.size
-    within = group <= cluster.gpus_per_host
+    within = (one.span or cluster.size) <= cluster.gpus_per_host
     bandwidth = cluster.gpu.link_bandwidth if within else network_bandwidth
     rounds = 2 if one.kind == "all-reduce" else 1  # it scatters sums and gathers them
     return one.times * rounds * one.bytes * (group - 1) / group / bandwidth

@@ -105,8 +105,9 @@ def train(
         compiled_step = step_fn.lower(state, rules.place_rows(data.batch_at(start))).compile()
         seconds = time.perf_counter() - began
         chosen = attention.resolve(
-            model.compute_dtype, config.model.head_dim, config.data.document_mask
-        )
+            model.compute_dtype, config.model.head_dim, config.data.seq_len,
+            config.data.document_mask,
+        )  # fmt: skip
         name = config.model.attention.replace("auto", chosen)
         print(f"compiled the train step in {seconds:.1f} s, attention: {name}", flush=True)
 

@@ -56,8 +56,11 @@ def attention(
             f"{S} queries against {T} keys under a causal mask: which key does a query stand at? "
             "pass q_positions"
         )
-    if segment_ids is not None and segment_ids.shape != (B, T):
-        raise ValueError(f"segment_ids {segment_ids.shape} must be (B, S) = {(B, S)} with S == T")
+    if segment_ids is not None and not segment_ids.shape == (B, S) == (B, T):
+        raise ValueError(
+            f"segment_ids {segment_ids.shape} with {S} queries and {T} keys: one id per token of "
+            f"rows that attend to themselves, (B, S) = {(B, S)} with S == T"
+        )
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f'attention implementation "{implementation}" is not one of '
@@ -66,7 +69,7 @@ def attention(
     training_pass = q_positions is None and kv_lengths is None
     if implementation == "auto":
         if training_pass and causal:
-            implementation = resolve(q.dtype, H, segment_ids is not None)
+            implementation = resolve(q.dtype, H, S, segment_ids is not None)
         else:
             implementation = "reference"
     if implementation == "reference":
@@ -112,15 +115,17 @@ def _refusal(
     return "" if causal else "causal=False"
 
 
-def resolve(dtype: Any, head_dim: int, has_segments: bool) -> str:
+def resolve(dtype: Any, head_dim: int, seq_len: int, has_segments: bool) -> str:
     """What "auto" stands for in a causal training pass.
 
-    On CPU `folded`. On GPUs since Ampere `cudnn`, or `flash` for what that does not cover: segments
-    and float32. Elsewhere, and for head widths that a kernel has no form for, `reference`.
+    On CPU `folded`. On GPUs since Ampere `cudnn`, or `flash` for what that does not cover:
+    segments, float32 and odd lengths. Elsewhere, and for head widths that a kernel has no form for,
+    `reference`.
     """
     here = target.current()
     if here.platform == "cpu":
         return "folded"
     if here.compute_capability < (8, 0) or head_dim not in flash.HEAD_DIMS:
         return "reference"
-    return "cudnn" if str(dtype) in cudnn.DTYPES and not has_segments else "flash"
+    covered = str(dtype) in cudnn.DTYPES and seq_len % 2 == 0 and not has_segments
+    return "cudnn" if covered else "flash"

@@ -22,6 +22,11 @@ def refusal(q: jax.Array, k: jax.Array, segment_ids: jax.Array | None) -> str:
     """Why these shapes cannot be run; "" where they can."""
     if q.dtype != k.dtype or str(q.dtype) not in DTYPES:
         return f"dtypes {q.dtype} and {k.dtype} are not one and the same of {', '.join(DTYPES)}"
+    H = q.shape[-1]
+    if H > 128 or H % 8:
+        return f"head_dim {H} is not a multiple of 8 up to 128"
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        return f"of {q.shape[1]} queries and {k.shape[1]} keys neither number may be odd"
     if segment_ids is not None:
         return "segment_ids would become a bias of the size of the score matrix"
     return ""

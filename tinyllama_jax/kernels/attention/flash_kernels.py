@@ -317,7 +317,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, static
         count = stop - first
 
         def step(number, carry):
-            head = jax.lax.div(number, count)
+            head = jax.lax.div(number, jnp.maximum(count, 1))  # may be hoisted where count is 0
             return body(masked, head, first + number - head * count, carry)
 
         return jax.lax.fori_loop(0, G * count, step, carry)
