@@ -41,6 +41,10 @@ def main(argv: list[str]) -> None:
     if not _GPUS.value:
         known = ", ".join(GPUS)
         raise ValueError(f"no --gpus: name a card and how many, as a100-40g:2x8; known: {known}")
+    if _NETWORK.value <= 0 or _PRICE.value < 0:
+        raise ValueError(
+            f"--network={_NETWORK.value:g} must be above 0, and --price={_PRICE.value:g} not below"
+        )
     cluster = parse_gpus(_GPUS.value)
     require_plugin()
     config = freeze(_CONFIG.value)

@@ -30,21 +30,26 @@ ENTRY %main (p: f32[8]) -> f32[64] {
 
 def test_collectives_are_found_with_their_loops_and_groups():
     assert sorted(collectives(TEXT)) == [
-        Collective("all-gather", 8, 24, in_loop=True, times=22, group=2, span=9),
+        Collective("all-gather", 8, 24, in_loop=True, times=22, group=(0, 8)),
         Collective("all-gather", 64, 256, in_loop=False),
-        Collective("all-reduce", 32, 68, in_loop=True, times=22, group=8, span=8),
-        Collective("reduce-scatter", 32, 128, in_loop=True, times=66, group=2, span=2),
+        Collective("all-reduce", 32, 68, in_loop=True, times=22, group=tuple(range(8))),
+        Collective("reduce-scatter", 32, 128, in_loop=True, times=66, group=(0, 1)),
     ]
 
 
 def test_groups_across():
     line = "ENTRY %m (p: f32[8]) -> f32[8] {{\n %r = f32[8] all-reduce(%p), replica_groups={}\n}}\n"
-    for groups, size, span in [
-        ("[8,2]<=[2,8]T(1,0)", 2, 9), ("[2,8]<=[16]", 8, 8), ("{{0,8},{1,9}}", 2, 9),
-        ("mesh['a'=2,'b'=4,'c'=2] {'b','c'}", 8, 8), ("{}", 0, 0),
-    ]:  # fmt: skip
+    for groups, expected in [
+        ("[8,2]<=[2,8]T(1,0)", (0, 8)),
+        ("[2,8]<=[16]", tuple(range(8))),
+        ("{{0,8},{1,9}}", (0, 8)),
+        ("mesh['a'=2,'b'=4,'c'=2] {'b','c'}", tuple(range(8))),
+        ("mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'a'}", tuple(range(8))),
+        ("mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'b'}", (0, 8)),
+        ("{}", ()),
+    ]:
         (found,) = collectives(line.format(groups))
-        assert (found.group, found.span) == (size, span), groups
+        assert found.group == expected, groups
 
 
 def test_a_program_without_any():

@@ -202,8 +202,8 @@ class _MLP(nn.Module):
 def _gathered(weight: jax.Array, path: str, dtype: jnp.dtype) -> jax.Array:
     """A layer's weight in the compute dtype and, under a mesh, whole but for its `tensor` axis.
 
-    It travels in the compute dtype, half the bytes; its gradient is summed over devices in float32,
-    and each keeps its part. Left to the partitioner, that sum would come whole to every device on
+    It travels in the compute dtype, half the bytes, and so does its gradient: each device keeps its
+    part of the sum over all. Left to the partitioner, that sum would come whole to every device on
     meshes with both `data` and `fsdp`.
     """
     if not mesh.sizes():
@@ -216,7 +216,7 @@ def _gathered(weight: jax.Array, path: str, dtype: jnp.dtype) -> jax.Array:
         return mesh.constrain(mesh.constrain(weight.astype(dtype), stored), whole)
 
     def backward(_, gradient: jax.Array) -> tuple[jax.Array]:
-        return (mesh.constrain(gradient.astype(weight.dtype), stored),)
+        return (mesh.constrain(gradient, stored).astype(weight.dtype),)
 
     gather.defvjp(lambda weight: (gather(weight), None), backward)
     return gather(weight)

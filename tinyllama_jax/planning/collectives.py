@@ -23,8 +23,7 @@ class Collective(NamedTuple):
         before or after it.
       in_loop: it stands in the body of a loop.
       times: how often it runs; 1 where a loop does not tell.
-      group: devices that take part together; 0: all.
-      span: from the first to the last of them, as they are numbered; 0: all.
+      group: numbers of the devices of the first group that take part together; (): all.
     """
 
     kind: str
@@ -32,8 +31,7 @@ class Collective(NamedTuple):
     bytes: int
     in_loop: bool
     times: int = 1
-    group: int = 0
-    span: int = 0
+    group: tuple[int, ...] = ()
 
 
 def collectives(text: str) -> list[Collective]:
@@ -52,11 +50,10 @@ def collectives(text: str) -> list[Collective]:
                 elements, size = _elements_and_bytes(made)
                 runs = times.get(name)
                 group = _group(line)
-                span = group[-1] - group[0] + 1 if group else 0
+                if made[2] == "reduce-scatter" and not made[3] and not _sizes(_operands(made)):
+                    size *= len(group) or 1  # operands are written without their shapes
                 found.append(
-                    Collective(
-                        made[2], elements, size, runs is not None, runs or 1, len(group), span
-                    )
+                    Collective(made[2], elements, size, runs is not None, runs or 1, group)
                 )
     return found
 
@@ -108,7 +105,7 @@ def _sizes(text: str) -> list[tuple[int, int]]:
 
 def _elements_and_bytes(made: re.Match[str]) -> tuple[int, int]:
     """Of the largest array, and of all operands or all results together."""
-    results, operands = _sizes(made[1]), _sizes(made[4].split("channel_id")[0])
+    results, operands = _sizes(made[1]), _sizes(_operands(made))
     sides = [operands, results]
     if made[3] and made[2] != "all-reduce":  # an asynchronous start gives operands and results
         half = len(results) // 2
@@ -117,23 +114,37 @@ def _elements_and_bytes(made: re.Match[str]) -> tuple[int, int]:
     return elements, max(sum(size for _, size in side) for side in sides)
 
 
-def _group(line: str) -> list[int]:
-    """The first group of devices, in order: {{0,1},{2,3}}, [2,8]<=[16], or axes of a mesh."""
+def _operands(made: re.Match[str]) -> str:
+    return made[4].split("channel_id")[0]
+
+
+def _group(line: str) -> tuple[int, ...]:
+    """The first group of devices: {{0,1},{2,3}}, [2,8]<=[16], or axes of a mesh."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
-        return sorted(int(n) for n in listed[1].split(",") if n)
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    if iota:
-        dims = [int(n) for n in iota[3].split(",")]
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[4]:
-            ids = ids.transpose([int(n) for n in iota[4].split(",")])
-        return sorted(ids.reshape(int(iota[1]), int(iota[2]))[0].tolist())
-    axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+        return tuple(sorted(int(n) for n in listed[1].split(",") if n))
+    tiled = re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_TILES}", line)
+    if tiled:
+        first = _tiles(tiled[3], tiled[4]).reshape(int(tiled[1]), int(tiled[2]))[0]
+        return tuple(sorted(first.tolist()))
+    axes = re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_TILES}\))? \{{([^}}]*)\}}", line
+    )
     if axes:
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes[1])}
-        # Device 0 and those that differ from it along the named axes only.
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-        named = re.findall(r"'([^']+)'", axes[2])
-        return sorted(ids[tuple(slice(None) if a in named else 0 for a in sizes)].ravel().tolist())
-    return []
+        ids = _tiles(axes[2] or str(math.prod(sizes.values())), axes[3]).ravel()
+        named = re.findall(r"'([^']+)'", axes[4])
+        # The first device, and those that differ from it along the named axes only.
+        at = tuple(slice(None) if axis in named else 0 for axis in sizes)
+        return tuple(sorted(ids.reshape(list(sizes.values()))[at].ravel().tolist()))
+    return ()
+
+
+_TILES = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+def _tiles(dims: str, order: str | None) -> np.ndarray:
+    """Device numbers as `[2,8]T(1,0)` writes them: counted up in that shape, then transposed."""
+    shape = [int(n) for n in dims.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids

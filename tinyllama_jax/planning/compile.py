@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import time
 from typing import Any
 
@@ -42,6 +43,7 @@ class CompiledStep:
         weights.
       peak_bytes: of all together, the batch included.
       collectives: what is sent, counted as often as it is sent.
+      recomputed_products: that XLA computes twice on its own account, to fit.
       seconds: that compiling took.
     """
 
@@ -50,6 +52,7 @@ class CompiledStep:
     temporary_bytes: int
     peak_bytes: int
     collectives: tuple[Collective, ...]
+    recomputed_products: int
     seconds: float
 
 
@@ -93,6 +96,7 @@ def compile_step(config: Config, cluster: Cluster, shape: tuple[int, int, int]) 
     memory = compiled.memory_analysis()
     assert memory is not None
     params = _bytes_per_device(state.params)
+    text = compiled.as_text() or ""
     return CompiledStep(
         params_bytes=params,
         optimizer_bytes=_bytes_per_device(state) - params,
@@ -101,7 +105,8 @@ def compile_step(config: Config, cluster: Cluster, shape: tuple[int, int, int]) 
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
-        collectives=tuple(collectives(compiled.as_text() or "")),
+        collectives=tuple(collectives(text)),
+        recomputed_products=len(re.findall(r"^ *%?gemm_fusion\S*\.remat\S* = ", text, re.M)),
         seconds=time.perf_counter() - began,
     )
 

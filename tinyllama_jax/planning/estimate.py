@@ -6,6 +6,7 @@ to, and everything that can overlap to overlap.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable
 
@@ -16,10 +17,10 @@ from tinyllama_jax.planning.collectives import Collective
 from tinyllama_jax.training import flops
 
 # Shares of the bfloat16 peak. Large matrix products: 790 of 989.5 TFLOP/s, measured on an H200.
-# Attention, forward and backward together, heads of 64: about what Triton kernels are published
-# with on H100 (249 and 221 TFLOP/s).
+# Attention with heads of 64: what tuned Triton kernels are published with on H100, 249 TFLOP/s
+# forward and 221 backward, where backward is 2.5 times the work of forward but counted as 2.
 MATMUL_EFFICIENCY = 0.80
-ATTENTION_EFFICIENCY = 0.23
+ATTENTION_EFFICIENCY = 3 / (1 / 249 + 2.5 / 221) / 989.5
 NETWORK_BANDWIDTH = 25e9  # bytes/s per GPU and direction: a 200 Gbit/s port each
 
 
@@ -82,27 +83,30 @@ def estimate(
     attention = 6 * model.num_layers * model.num_heads * model.head_dim * seq_len
     matmul = causal - attention
     in_layers = matmul - 6 * model.d_model * model.vocab_size
-    # A third of a training pass's FLOPs are its forward pass.
-    again = {"none": 0.0, "dots": 0.0, "attention": in_layers / 3, "full": in_layers / 3}
-    matmul_seconds = (
-        tokens * (matmul + again[model.remat]) / tensor / (MATMUL_EFFICIENCY * gpu.flops)
-    )
+    # A third of a training pass's FLOPs are its forward pass, of which the last product of a layer
+    # is not needed again.
+    last = 2 * model.num_layers * model.d_model * model.d_ff
+    again = {"none": 0.0, "dots": 0.0}.get(model.remat, in_layers / 3 - last)
+    matmul_seconds = tokens * (matmul + again) / tensor / (MATMUL_EFFICIENCY * gpu.flops)
     more_attention = 4 / 3 if model.remat == "full" else 1
     attention_seconds = (
         tokens * attention * more_attention / tensor / (ATTENTION_EFFICIENCY * gpu.flops)
     )
     params = parameter_count(model) / (fsdp * tensor)
     passes = config.accumulation_steps(data * fsdp)
-    elementwise = _activation_bytes_per_token(model)
+    elementwise = _activation_bytes_per_token(model, tensor)
     if model.remat != "none":  # its forward third again
         elementwise *= 4 / 3
     moved = (
-        tokens * elementwise / tensor
+        tokens * elementwise
         + passes * 8 * params  # the float32 sum of gradients, read and written
         + 28 * params  # params and two moments read and written, the gradient read
     )
-    communication = sum(_seconds(one, cluster, network_bandwidth) for one in sent)
-    exposed = max(0.0, communication - matmul_seconds)
+    seconds_of = [(one, _seconds(one, cluster, network_bandwidth)) for one in sent]
+    communication = sum(seconds for _, seconds in seconds_of)
+    # Sums over `tensor` stand between products that need each other; the rest runs beside them.
+    in_between = sum(seconds for one, seconds in seconds_of if _over_tensor(one, tensor))
+    exposed = in_between + max(0.0, communication - in_between - matmul_seconds)
     seconds = matmul_seconds + attention_seconds + moved / gpu.bandwidth + exposed
     per_second = config.training.global_batch_tokens / seconds / cluster.size
     run_seconds = config.total_steps * seconds
@@ -120,20 +124,28 @@ def estimate(
     )
 
 
-def _activation_bytes_per_token(model: ModelConfig) -> float:
+def _over_tensor(one: Collective, tensor: int) -> bool:
+    """Whether a collective joins parts of matrices; devices are numbered along `tensor` first."""
+    return 1 < len(one.group) <= tensor and one.group[-1] - one.group[0] < tensor
+
+
+def _activation_bytes_per_token(model: ModelConfig, tensor: int) -> float:
     """bfloat16 bytes that elementwise work reads and writes, forward and backward.
 
     Forward per layer: two norms (read, write), two residual sums (read two, write one), rotating q
-    (read, write), and SwiGLU (read two, write one). Backward reads and writes twice that.
+    (read, write), and SwiGLU (read two, write one). Backward reads and writes twice that. Heads and
+    feed-forward width are cut along `tensor`, the rest is done by each of its devices.
     """
     q = model.num_heads * model.head_dim
-    forward = 10 * model.d_model + 2 * q + 3 * model.d_ff
+    forward = 10 * model.d_model + (2 * q + 3 * model.d_ff) / tensor
     return 2 * 3 * forward * model.num_layers
 
 
 def _seconds(one: Collective, cluster: Cluster, network_bandwidth: float) -> float:
-    group = one.group or cluster.size
-    within = (one.span or cluster.size) <= cluster.gpus_per_host
-    bandwidth = cluster.gpu.link_bandwidth if within else network_bandwidth
+    group = one.group or tuple(range(cluster.size))
+    hosts = collections.Counter(device // cluster.gpus_per_host for device in group)
+    bandwidth = cluster.gpu.link_bandwidth
+    if len(hosts) > 1:  # the members in a machine send through a port each
+        bandwidth = min(bandwidth, min(hosts.values()) * network_bandwidth)
     rounds = 2 if one.kind == "all-reduce" else 1  # it scatters sums and gathers them
-    return one.times * rounds * one.bytes * (group - 1) / group / bandwidth
+    return one.times * rounds * one.bytes * (len(group) - 1) / len(group) / bandwidth

@@ -16,6 +16,7 @@ from tinyllama_jax.training import flops
 
 _GIB = 1 << 30
 _BAR = 40
+_DEFAULT_FRACTION = 0.75  # of a card's memory that jax's allocator takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +122,27 @@ def peak_line(plan: Plan) -> str:
     return f"peak per GPU: {peak:.1f} GiB of {limit:.1f} GiB ({verdict})"
 
 
+def memory_lines(plan: Plan) -> list[str]:
+    """What to know of the peak beside its size."""
+    lines = []
+    if plan.compiled.recomputed_products:
+        lines.append(
+            f"to get there XLA computes {plan.compiled.recomputed_products} matrix products twice, "
+            f"which the times below leave out; model.remat=dots needs none of that"
+        )
+    share = plan.compiled.peak_bytes / plan.cluster.gpu.memory_bytes
+    if plan.fits and share > _DEFAULT_FRACTION - 0.02:
+        lines.append(
+            f"jax takes {_DEFAULT_FRACTION:.0%} of a card unless told otherwise: run with "
+            f"XLA_CLIENT_MEM_FRACTION=0.97"
+        )
+    return lines
+
+
 def text(plan: Plan, price: float, compared: list[Comparison]) -> str:
     """The plan for a terminal."""
     lines = [f"{name:<20}{value}" for name, value in summary_rows(plan, price)]
-    lines += ["", peak_line(plan), ""]
+    lines += ["", peak_line(plan), *memory_lines(plan), ""]
     limit = plan.cluster.gpu.memory_bytes
     for name, size in memory_rows(plan):
         bar = "#" * round(_BAR * min(size / limit, 1))
@@ -181,7 +199,8 @@ def page(plan: Plan, tried: list[Plan], price: float, compared: list[Comparison]
     return _PAGE.format(
         title=html.escape(f"{plan.cluster.size} x {plan.cluster.gpu.title}"),
         trust="<br>".join(map(html.escape, trust_lines(compared))),
-        peak=html.escape(peak_line(plan)), bars=bars, summary=summary,
+        peak=html.escape(peak_line(plan)),
+        notes="<br>".join(map(html.escape, memory_lines(plan))), bars=bars, summary=summary,
         sent=f"<h2>Sent per GPU and step, GiB and times</h2><table>{sent}</table>" if sent else "",
         others=f"<h2>Tried, best first: peak GiB and tokens/s per GPU</h2><table>{others}</table>"
         if others else "",
@@ -203,6 +222,7 @@ td.b div {{ background: #0072B2; height: 1.2em }}
 <table>{summary}</table>
 <p>{trust}</p>
 <h2>{peak}</h2>
+<p>{notes}</p>
 <table>{bars}</table>
 {sent}
 {others}
