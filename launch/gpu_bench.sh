@@ -5,28 +5,36 @@
 #
 # Needs jax for CUDA, flax and optax; beside torch and transformers it compares with them, without
 # it measures ours alone. Each benchmark has a time of its own, so that one that hangs costs no other.
+# Outside of a git checkout, GIT_REVISION names the revision in the results.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 out=${1:-gpu_bench}
+python=$(command -v python || command -v python3) || exit
 mkdir -p "$out"
 # torch lives in the same processes and needs memory too.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
-torch=$(python -c 'import torch; print(torch.cuda.is_available())' 2>/dev/null || true)
-hf=$(python -c 'import torch, transformers; print(torch.cuda.is_available())' 2>/dev/null || true)
+backend=$("$python" -c 'import jax; print(jax.default_backend())')
+if [[ $backend != gpu && ${ANY_BACKEND:-} == "" ]]; then
+    printf "jax runs on \"%s\" here: install jax[cuda13] on a machine with an NVIDIA GPU\n" "$backend" >&2
+    exit 1
+fi
+torch=$("$python" -c 'import torch; print(torch.cuda.is_available())' 2>/dev/null || true)
+hf=$("$python" -c 'import transformers' 2>/dev/null && printf %s "$torch")
 failed=0
 
-# measure SECONDS NAME ARGUMENTS...: writes NAME.json and NAME.txt.
+# measure SECONDS NAME ARGUMENTS...: writes NAME.json, and what is printed to the log.
 measure() {
-    local seconds=$1 name=$2
+    local seconds=$1 name=$2 status
     shift 2
-    printf '\n== %s: bench %s ==\n' "$name" "$*"
-    if ! timeout "$seconds" python -m tinyllama_jax.bench "$@" --json "$out/$name.json" \
-        > "$out/$name.txt" 2>&1; then
+    printf '\n== %s: bench %s ==\n' "$name" "$*" | tee -a "$out/log.txt"
+    timeout -k 5 "$seconds" "$python" -m tinyllama_jax.bench "$@" --json "$out/$name.json" 2>&1 |
+        tee -a "$out/log.txt" | tail -n 25
+    status=${PIPESTATUS[0]}
+    if ((status)); then
         failed=$((failed + 1))
-        printf 'FAILED: '
+        printf 'FAILED with %s\n' "$status" | tee -a "$out/log.txt"
     fi
-    tail -n 25 "$out/$name.txt"
 }
 
 against_torch=()
@@ -35,14 +43,16 @@ against_hf=()
 [[ $hf == True ]] && against_hf=(--against hf)
 model=(--preset tinyllama_1b --scan-unroll 0)
 
-nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv | tee "$out/gpu.csv"
+: > "$out/log.txt"
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv |
+    tee -a "$out/log.txt"
 measure 60 attention_2048 attention "${against_torch[@]}"
 measure 40 attention_d128 attention --heads 16x4x128 --rounds 5 "${against_torch[@]}"
-measure 60 loss loss "${against_torch[@]}"
-measure 180 train_1b train "${model[@]}" --rounds 8 "${against_hf[@]}"
-measure 80 train_1b_flash train "${model[@]}" --attention flash --rounds 8
+measure 40 loss loss "${against_torch[@]}"
+measure 220 train_1b train "${model[@]}" --rounds 8 "${against_hf[@]}"
+measure 60 train_1b_flash train "${model[@]}" --attention flash --rounds 8
 measure 60 decode_1 decode --preset tinyllama_1b --new-tokens 128 --rounds 3 "${against_hf[@]}"
-measure 60 decode_64 decode --preset tinyllama_1b --rows 64 --new-tokens 128 --rounds 3
+measure 30 decode_64 decode --preset tinyllama_1b --rows 64 --new-tokens 128 --rounds 3
 
 printf '\n%s of the benchmarks failed; figures are in %s\n' "$failed" "$out"
 exit "$((failed > 0))"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -60,7 +61,11 @@ def main(argv: list[str] | None = None) -> None:
         print(report.markdown(), end="")
         return
     what = {"attention": _attention, "loss": _loss, "train": _train, "decode": _decode}
+    if arguments.against:  # torch needs memory of the same device
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     figures = what[arguments.command](arguments)
+    for name, reason in figures.get("absent", {}).items():
+        print(f"{name} is absent: {reason}")
     if arguments.json:
         _write(arguments, figures)
 
@@ -95,7 +100,7 @@ def _attention(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.rows or 8, arguments.seq_len or (2048 if gpu else 256), *heads
     )
     dtype = arguments.dtype or ("bfloat16" if gpu else "float32")
-    rows = attention.compare(
+    rows, absent = attention.compare(
         shape, dtype, rounds=arguments.rounds, calls=10 if gpu else 2,
         against_torch=arguments.against == "torch",
     )  # fmt: skip
@@ -108,7 +113,7 @@ def _attention(arguments: argparse.Namespace) -> dict[str, Any]:
                     f"{row['contender']:<24}{row['milliseconds']:>9.3f}{row['least']:>9.3f}"
                     f"{row['most']:>9.3f}{row['tflops']:>9.2f}   {row['ours_is_faster_by']:.2f}x"
                 )
-    return {"shape": shape._asdict(), "dtype": dtype, "rows": rows}
+    return {"shape": shape._asdict(), "dtype": dtype, "rows": rows, "absent": absent}
 
 
 def _loss(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -124,19 +129,20 @@ def _loss(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": arguments.dtype or ("bfloat16" if gpu else "float32"),
         "chunk_tokens": arguments.chunk_tokens or default_chunk_tokens(),
     }
-    rows = loss.compare(
+    rows, absent = loss.compare(
         **size, rounds=arguments.rounds, calls=5 if gpu else 2,
         against_torch=arguments.against == "torch",
     )  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in size.items()))
     print(f"\n{'':<24}{'ms':>9}{'least':>9}{'most':>9}{'MiB':>9}   ours is faster by")
     for row in rows:
+        known = row["temporary_bytes"]
+        mebibytes = "-" if known is None else f"{known / 2**20:.0f}"
         print(
             f"{row['contender']:<24}{row['milliseconds']:>9.2f}{row['least']:>9.2f}"
-            f"{row['most']:>9.2f}{row['temporary_bytes'] / 2**20:>9.0f}   "
-            f"{row['ours_is_faster_by']:.2f}x"
+            f"{row['most']:>9.2f}{mebibytes:>9}   {row['ours_is_faster_by']:.2f}x"
         )
-    return {"size": size, "rows": rows}
+    return {"size": size, "rows": rows, "absent": absent}
 
 
 def _model(arguments: argparse.Namespace):
@@ -187,6 +193,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
         "compile_seconds": result.compile_seconds,
         "temporary_bytes": result.temporary_bytes,
         "rows": rows,
+        "absent": result.absent,
     }
 
 
@@ -218,7 +225,7 @@ def _decode(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompt_tokens": arguments.prompt_tokens,
         "new_tokens": arguments.new_tokens,
     }
-    rows = decode.compare(
+    rows, absent = decode.compare(
         model, **size, rounds=arguments.rounds, bandwidth=bandwidth,
         against_torch=arguments.against == "hf",
     )  # fmt: skip
@@ -230,7 +237,7 @@ def _decode(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{row['contender']:<16}{row['tokens_per_second']:>10,.1f}{row['least']:>10,.1f}"
             f"{row['most']:>10,.1f}   {row['ours_is_faster_by']:.2f}x{share}"
         )
-    return {"size": size, "model": dataclasses.asdict(model), "rows": rows}
+    return {"size": size, "model": dataclasses.asdict(model), "rows": rows, "absent": absent}
 
 
 def _write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:

@@ -112,6 +112,21 @@ def test_decode(tmp_path, capsys, extra):
     assert "ours is faster by" in capsys.readouterr().out
 
 
+def test_tokens_that_are_not_the_likeliest_are_not_timed(monkeypatch):
+    def right_but_for_one(*arguments):
+        tokens = ours(*arguments)
+        tokens[1, -1] = (tokens[1, -1] + 1) % 4096
+        return tokens
+
+    ours = decode._ours
+    monkeypatch.setattr(decode, "_ours", right_but_for_one)
+    with pytest.raises(ValueError, match=r"ours chose a token whose logit is .* below the best"):
+        decode.compare(
+            PRESETS["tiny_debug"], rows=2, prompt_tokens=5, new_tokens=9, rounds=1,
+            against_torch=False,
+        )  # fmt: skip
+
+
 def test_the_decode_bound():
     """FACTS of the arithmetic: an H200 of 4.8 TB/s, context 512, bfloat16, one row and 256."""
     model = PRESETS["tinyllama_1b"]

@@ -39,7 +39,7 @@ def test_beside_torch():
 
 
 def test_contenders_that_compute_something_else_are_not_timed(monkeypatch):
-    monkeypatch.setattr(train, "_torch_step", lambda *_, **__: lambda: 3.21)
+    monkeypatch.setattr(train, "_torch_steps", lambda *_, **__: {"torch": lambda: 3.21})
     with pytest.raises(ValueError, match="do not compute the same thing"):
         train.compare(PRESETS["tiny_debug"], rows=2, seq_len=16, rounds=1, against_torch=True)
 
@@ -52,3 +52,20 @@ def test_contenders_take_turns():
     assert order == ["a", "a", "b", "b"] * 2
     assert [len(timing.seconds) for timing in timings.values()] == [2, 2]
     assert ratio(Timing((1.0, 2.0, 4.0)), Timing((2.0, 6.0, 4.0))) == 2.0
+
+
+def test_a_contender_that_cannot_run_costs_no_other_its_figures(monkeypatch):
+    def no_memory():
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    monkeypatch.setattr(train, "_torch_steps", lambda *_, **__: {"torch eager": no_memory})
+    result = train.compare(PRESETS["tiny_debug"], rows=2, seq_len=16, rounds=1, against_torch=True)
+    assert [row["contender"] for row in result.rows()] == ["ours"]
+    assert result.absent == {"torch eager": "RuntimeError: CUDA out of memory."}
+
+
+def test_work_is_waited_for_once_a_turn():
+    events = []
+    interleave({"a": lambda: events.append("call")}, rounds=2, calls=3,
+               wait=lambda result: events.append("wait"))  # fmt: skip
+    assert events == (["call"] * 3 + ["wait"]) * 2

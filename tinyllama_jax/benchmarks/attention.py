@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllama_jax.benchmarks.rounds import interleave, ratio
-from tinyllama_jax.kernels.attention import api, cudnn, flash
+from tinyllama_jax.benchmarks.rounds import attempt, interleave, ratio, wait_for
+from tinyllama_jax.kernels.attention import api, cudnn
 
 # Largest difference from the formula, over the largest value, that is not a mistake.
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
@@ -37,12 +37,13 @@ class Shape(NamedTuple):
 
 def compare(
     shape: Shape, dtype: str, *, rounds: int, calls: int, against_torch: bool
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Times all contenders that run here; the first of ours is what the others are compared with.
 
     Returns:
       A row per pass and contender: milliseconds (median, least, most), TFLOP/s of the causal half,
-      how many times faster ours is, and the largest difference from the formula.
+      how many times faster ours is, and the largest difference from the formula; and by name, why
+      a contender is absent.
 
     Raises:
       ValueError: a contender computes something else.
@@ -55,7 +56,7 @@ def compare(
 
 def _compare(
     shape: Shape, dtype: str, rounds: int, calls: int, against_torch: bool
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     B, S, N, _, H = shape
     arrays = _inputs(shape, dtype)
     expected = _passes(functools.partial(api.attention, implementation="reference"))
@@ -66,21 +67,30 @@ def _compare(
     contenders: dict[str, dict[str, Callable[[], Any]]] = {name: {} for name in _PASSES}
     for name, function in _in_jax(shape, dtype).items():
         for which, run in _passes(function).items():
-            contenders[which][name] = functools.partial(_wait, run, arrays)
+            contenders[which][name] = functools.partial(run, *arrays)
     if against_torch:
         for which, call in _in_torch(arrays).items():
             contenders[which]["torch SDPA"] = call
     rows = []
+    absent: dict[str, str] = {}
     for which, calls_by_name in contenders.items():
-        differences = {name: _difference(call(), exact) for name, call in calls_by_name.items()}
+        differences = {}
+        for name, call in list(calls_by_name.items()):
+            result = attempt(name, functools.partial(_called, call), absent)
+            if result is None:
+                del calls_by_name[name]
+            else:
+                differences[name] = _difference(result, exact)
         for name, difference in differences.items():
             if not difference < _TOLERANCES[dtype]:
                 raise ValueError(
                     f"{name} differs from the formula by {difference:.1e} of the largest value; a "
                     f"speed would mean nothing"
                 )
-        timings = interleave(calls_by_name, rounds=rounds, calls=calls)
-        ours = next(iter(timings.values()))
+        if _ours() not in differences:
+            raise ValueError(f"{_ours()} does not run: {absent[_ours()]}")
+        timings = interleave(calls_by_name, rounds=rounds, calls=calls, wait=wait_for)
+        ours = timings[_ours()]
         work = 2 * B * N * S * S * H * _PASSES[which]
         rows += [
             {
@@ -95,7 +105,15 @@ def _compare(
             }
             for name, timing in timings.items()
         ]
-    return rows
+    return rows, absent
+
+
+def _ours() -> str:
+    return "flash (ours)" if jax.default_backend() == "gpu" else "folded (ours)"
+
+
+def _called(call: Callable[[], Any]) -> Any:
+    return wait_for(call())
 
 
 def _inputs(shape: Shape, dtype: str) -> list[jax.Array]:
@@ -116,13 +134,11 @@ def _in_jax(shape: Shape, dtype: str) -> dict[str, Attention]:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
     if jax.default_backend() != "gpu":
-        return {"folded (ours)": ours("folded"), "reference (ours)": ours("reference"), "XLA": xla}
-    contenders: dict[str, Attention] = {}
-    if shape.head_dim in flash.HEAD_DIMS:
-        contenders["flash (ours)"] = ours("flash")
+        return {_ours(): ours("folded"), "reference (ours)": ours("reference"), "XLA": xla}
+    contenders: dict[str, Attention] = {_ours(): ours("flash")}
     if dtype in cudnn.DTYPES:
         contenders["cuDNN"] = ours("cudnn")
-    return contenders | {"jax's Pallas": _jax_pallas(shape), "XLA": xla}
+    return contenders | {"jax's Pallas, default blocks": _jax_pallas(shape), "XLA": xla}
 
 
 def _jax_pallas(shape: Shape) -> Attention:
@@ -149,10 +165,6 @@ def _passes(function: Attention) -> dict[str, Callable[..., tuple[jax.Array, ...
     return {"forward": jax.jit(forward), "forward and backward": jax.jit(both)}
 
 
-def _wait(run: Callable[..., Any], arrays: list[jax.Array]) -> Any:
-    return jax.block_until_ready(run(*arrays))
-
-
 def _in_torch(arrays: list[jax.Array]) -> dict[str, Callable[[], tuple[Any, ...]]]:
     import torch
 
@@ -169,18 +181,16 @@ def _in_torch(arrays: list[jax.Array]) -> dict[str, Callable[[], tuple[Any, ...]
             q, k, v, is_causal=True, enable_gqa=True
         )
 
-    def wait(results):
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def rows_first(results):
         return tuple(x.detach().transpose(1, 2) for x in results)
 
     def forward():
         with torch.no_grad():
-            return wait((attend(),))
+            return rows_first((attend(),))
 
     def both():
         out = attend()
-        return wait((out, *torch.autograd.grad(out, (q, k, v), dout)))
+        return rows_first((out, *torch.autograd.grad(out, (q, k, v), dout)))
 
     return {"forward": forward, "forward and backward": both}
 

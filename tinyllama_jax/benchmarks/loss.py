@@ -1,6 +1,6 @@
 """Output layer and cross-entropy, value and gradients: ours in chunks beside all logits at once.
 
-The three matrix products alone, without any loss, are the least that it can take.
+Beside them the three matrix products alone, of all tokens at once and without any loss.
 """
 
 from __future__ import annotations
@@ -13,27 +13,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinyllama_jax.benchmarks.rounds import interleave, ratio
+from tinyllama_jax.benchmarks.rounds import attempt, interleave, ratio, wait_for
 from tinyllama_jax.kernels import cross_entropy
 
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
-_OURS = "chunked (ours)"
+_OURS, _PRODUCTS = "chunked (ours)", "its three products"
 
 
 def compare(
     rows: int, seq_len: int, d_model: int, vocab_size: int, dtype: str, *,
     chunk_tokens: int, rounds: int, calls: int, against_torch: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> tuple[list[dict[str, Any]], dict[str, str]]:  # fmt: skip
     """Times the loss of rows x seq_len random tokens.
 
     Returns:
       A row per contender: milliseconds (median, least, most), how many times faster ours is, the
-      compiler's temporary bytes (0: not jax's), and the largest difference of a gradient from the
-      plain loss's in float32.
+      compiler's temporary bytes (None: not jax's), and the largest difference of a gradient from
+      the plain loss's in float32; and by name, why a contender is absent.
 
     Raises:
       ValueError: a contender computes something else.
     """
+    # Products of float32 on a GPU would be TensorFloat-32 otherwise; torch's are not.
+    with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+        return _compare(
+            rows, seq_len, d_model, vocab_size, dtype, chunk_tokens, rounds, calls, against_torch
+        )
+
+
+def _compare(
+    rows: int, seq_len: int, d_model: int, vocab_size: int, dtype: str, chunk_tokens: int,
+    rounds: int, calls: int, against_torch: bool,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:  # fmt: skip
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (rows, seq_len, d_model)).astype(dtype)
     unembedding = jax.random.normal(keys[1], (d_model, vocab_size)) * d_model**-0.5
@@ -41,46 +52,60 @@ def compare(
     weights = jnp.ones((rows, seq_len))
     arrays = (hidden, unembedding, targets, weights)
     chunked = functools.partial(cross_entropy.weighted_sum, chunk_tokens=chunk_tokens)
-    in_jax = {
-        _OURS: _compiled(_gradients(chunked), arrays),
-        "plain": _compiled(_gradients(cross_entropy.reference_weighted_sum), arrays),
-        "its three products": _compiled(_products, arrays),
+    functions = {
+        _OURS: _gradients(chunked),
+        "plain": _gradients(cross_entropy.reference_weighted_sum),
+        _PRODUCTS: _products,
     }
-    with jax.default_matmul_precision("highest"):  # GPUs would use TensorFloat-32
+    with jax.default_matmul_precision("highest"):
         exact = jax.device_get(
             jax.jit(_gradients(cross_entropy.reference_weighted_sum))(
                 hidden.astype(jnp.float32), *arrays[1:]
             )
         )
-    contenders: dict[str, Callable[[], Any]] = {
-        name: functools.partial(_wait, compiled, arrays) for name, compiled in in_jax.items()
-    }
+    absent: dict[str, str] = {}
+    contenders: dict[str, Callable[[], Any]] = {}
+    temporary: dict[str, int] = {}
+    for name, function in functions.items():
+        compiled = attempt(name, functools.partial(_compiled, function, arrays), absent)
+        if compiled is not None:
+            contenders[name] = functools.partial(compiled, *arrays)
+            memory = compiled.memory_analysis()
+            temporary[name] = memory.temp_size_in_bytes if memory is not None else 0
     if against_torch:
         contenders["torch"] = _in_torch(arrays)
     differences = {}
-    for name, call in contenders.items():
-        if name == "its three products":
-            call()
-            continue
-        differences[name] = _difference(call(), exact)
-        if not differences[name] < _TOLERANCES[dtype]:
-            raise ValueError(
-                f"{name} differs from the plain loss by {differences[name]:.1e} of the largest "
-                f"gradient; a speed would mean nothing"
-            )
-    timings = interleave(contenders, rounds=rounds, calls=calls)
-    return [
+    for name, call in list(contenders.items()):
+        result = attempt(name, functools.partial(_called, call), absent)
+        if result is None:
+            del contenders[name]
+        elif name != _PRODUCTS:
+            differences[name] = _difference(result, exact)
+            if not differences[name] < _TOLERANCES[dtype]:
+                raise ValueError(
+                    f"{name} differs from the plain loss by {differences[name]:.1e} of the largest "
+                    f"gradient; a speed would mean nothing"
+                )
+    if _OURS not in contenders:
+        raise ValueError(f"{_OURS} does not run: {absent[_OURS]}")
+    timings = interleave(contenders, rounds=rounds, calls=calls, wait=wait_for)
+    result_rows = [
         {
             "contender": name,
             "milliseconds": 1e3 * timing.median,
             "least": 1e3 * min(timing.seconds),
             "most": 1e3 * max(timing.seconds),
             "ours_is_faster_by": ratio(timings[_OURS], timing),
-            "temporary_bytes": _temporary_bytes(in_jax.get(name)),
+            "temporary_bytes": temporary.get(name),
             "largest_difference": differences.get(name),
         }
         for name, timing in timings.items()
     ]
+    return result_rows, absent
+
+
+def _called(call: Callable[[], Any]) -> Any:
+    return wait_for(call())
 
 
 def _gradients(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,15 +133,6 @@ def _compiled(function: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> ja
     return jax.jit(function).lower(*arrays).compile()
 
 
-def _temporary_bytes(compiled: jax.stages.Compiled | None) -> int:
-    memory = compiled.memory_analysis() if compiled is not None else None
-    return memory.temp_size_in_bytes if memory is not None else 0
-
-
-def _wait(compiled: jax.stages.Compiled, arrays: tuple[jax.Array, ...]) -> Any:
-    return jax.block_until_ready(compiled(*arrays))
-
-
 def _in_torch(arrays: tuple[jax.Array, ...]) -> Callable[[], tuple[Any, ...]]:
     import torch
 
@@ -135,8 +151,6 @@ def _in_torch(arrays: tuple[jax.Array, ...]) -> Callable[[], tuple[Any, ...]]:
             logits.flatten(0, 1), targets.flatten(), reduction="sum"
         )
         gradients = torch.autograd.grad(loss, (hidden, unembedding))
-        if device == "cuda":
-            torch.cuda.synchronize()
         return gradients
 
     return run

@@ -190,7 +190,8 @@ def _git_revision() -> str:
     """The commit of the package's checkout, with "+" where files differ from it; "" if none."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return ""  # installed, perhaps into an environment inside another project's checkout
+        # Installed, perhaps into an environment inside another project's checkout.
+        return os.environ.get("GIT_REVISION", "")
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -61,8 +61,9 @@ def make_train_step(
     """Builds `step(state, batch, frozen=None) -> (state, metrics)`, jitted, with state donated.
 
     The batch is cut into micro-batches of `training.micro_batch_size` rows on each device, whose
-    gradients are summed in float32 (over devices, those of layers in the compute dtype). The loss is `sum(w * l) / sum(w)` over the whole batch: the denominator is
-    summed before dividing, so micro-batches with few weighted tokens do not count for more.
+    gradients are summed in float32 (over devices, those of layers in the compute dtype). The loss
+    is `sum(w * l) / sum(w)` over the whole batch: the denominator is summed before dividing, so
+    micro-batches with few weighted tokens do not count for more.
 
     Metrics are float32 scalars: `loss` (nats per weighted token, before this step's update),
     `grad_norm` (before clipping) and `learning_rate`.
