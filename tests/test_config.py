@@ -299,7 +299,7 @@ def test_what_a_resumed_run_may_change():
     assert {name for name in free if not name.startswith(reporting)} == {
         "model.compute_dtype", "model.attention", "model.remat", "model.scan_unroll",
         "data.prepared", "data.tokenizer", "training.micro_batch_size",
-            "training.loss_chunk_tokens",
+            "training.loss_chunk_tokens", "mesh.data", "mesh.fsdp", "mesh.tensor",
     }  # fmt: skip
 
 

@@ -60,6 +60,8 @@ def main(argv: list[str]) -> None:
     if _HTML.value:
         pathlib.Path(_HTML.value).write_text(report.page(plan, tried, _PRICE.value, compared))
         print(f"\nwritten to {_HTML.value}")
+    if cluster.hosts > 1:
+        print("\ntrain itself does not start on several machines yet")
     best = report.ranked(tried)[0]
     if best.fits:
         change = "" if plan.fits else f" {best.change}"
@@ -112,9 +114,13 @@ def _search(config: Config, cluster, shape: tuple[int, int, int]) -> list:
     for remat, unroll in _REMATS:
         attempt(remat=remat, scan_unroll=unroll)
     attempt(rows=2 * rows)
+    shapes = []
+    if cluster.gpus_per_host % tensor == 0:  # parts within a machine, copies over machines
+        shapes.append((cluster.hosts, cluster.gpus_per_host // tensor, tensor))
     if fsdp % 2 == 0:
-        attempt((2 * data, fsdp // 2, tensor))
-        attempt((data, fsdp // 2, 2 * tensor))
+        shapes += [(2 * data, fsdp // 2, tensor), (data, fsdp // 2, 2 * tensor)]
+    for other in dict.fromkeys(shapes):
+        attempt(other)
     while rows > 1 and not any(plan.fits for plan in tried):
         rows //= 2
         for remat, unroll in _REMATS:

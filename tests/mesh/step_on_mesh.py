@@ -53,30 +53,35 @@ def train(shape):
     rows_over = shape[0] * shape[1] if shape else 1
     config = config_for(rows_over)
     model, optimizer = Llama(config.model), make_optimizer(config.optimizer)
-    state = init_state(model, optimizer, seed=0)
     step = make_train_step(model, NextToken(config), optimizer, config)
-    first = jax.device_get(state.params)
     losses = []
     if shape is None:
+        state = init_state(model, optimizer, seed=0)
+        first = jax.device_get(state.params)
         for number in range(STEPS):
             state, metrics = step(state, batch_at(number))
             losses.append(float(metrics["loss"]))
         return losses, first, jax.device_get(state.params)
     mesh = make_mesh(shape)
     with jax.set_mesh(mesh):
+        state = init_state(model, optimizer, seed=0)
         placed = rules.shardings(state, mesh)
-        state = jax.device_put(state, placed)
+        require_placed(state, placed)
+        first = jax.device_get(state.params)
         for number in range(STEPS):
             batch = jax.device_put(batch_at(number), NamedSharding(mesh, P(BATCH)))
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
-        found = jax.tree.map(lambda x: x.sharding, state)
-        for a, b, leaf in zip(*map(jax.tree.leaves, (found, placed, state)), strict=True):
-            assert a.is_equivalent_to(b, leaf.ndim), (a, b)
+        require_placed(state, placed)
         compiled = step.lower(state, batch).compile()
     state_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes  # donated, all of it
     return losses, first, jax.device_get(state.params)
+
+
+def require_placed(state, placed):
+    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim), (leaf.sharding, where)
 
 
 def moved(first, last):
@@ -92,6 +97,7 @@ def main() -> None:
     expected = moved(first, last)
     for shape in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2)]:
         found, start, end = train(shape)
+        assert np.abs(moved(first, start)).max() < 1e-6, shape  # made in parts, the same params
         assert np.abs(np.subtract(found, losses)).max() < 1e-5, (shape, found, losses)
         error = np.linalg.norm(moved(start, end) - expected) / np.linalg.norm(expected)
         assert error < 1e-3, f"{shape}: {error:.1e}"

@@ -28,7 +28,7 @@ AXES = (*BATCH, TENSOR)
 
 
 def make_mesh(shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `data` x `fsdp` x `tensor` devices; None: of this process's."""
+    """A mesh of `data` x `fsdp` x `tensor` devices; None: of all."""
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -55,7 +55,7 @@ def shape_of(settings: MeshConfig, device_count: int) -> tuple[int, int, int]:
 
 
 def in_use(shape: tuple[int, int, int]) -> AbstractContextManager[Any]:
-    """Sets a mesh of that shape over this process's devices; nothing where one device is all."""
+    """Sets a mesh of that shape over all devices; nothing where one device is all."""
     return contextlib.nullcontext() if math.prod(shape) == 1 else jax.set_mesh(make_mesh(shape))
 
 
