@@ -176,9 +176,12 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = result.rows()
     mfu = "mfu_causal" in rows[0]
     more = f"{'MFU causal':>12}{'PaLM':>8}" if mfu else ""
+    more += f"{'peak GiB':>10}"
     print(f"{'':<16}{'tokens/s':>10}{'least':>10}{'most':>10}{more}   ours is faster by")
     for row in rows:
         more = f"{row['mfu_causal']:>12.1%}{row['mfu_palm']:>8.1%}" if mfu else ""
+        peak = row["peak_bytes"]
+        more += f"{'-' if peak is None else format(peak / 2**30, '.2f'):>10}"
         print(
             f"{row['contender']:<16}{row['tokens_per_second']:>10,.0f}{row['least']:>10,.0f}"
             f"{row['most']:>10,.0f}{more}   {row['ours_is_faster_by']:.2f}x"

@@ -21,6 +21,8 @@ def test_ours_alone(tmp_path, capsys):
     assert line.endswith("1.00x") and row["ours_is_faster_by"] == 1
     assert 0 < row["least"] <= row["tokens_per_second"] <= row["most"]
     assert row["last_warm_up_loss"] < row["first_loss"]
+    params = 4096 * 64 * 2  # the two tables alone, as params and two moments
+    assert 3 * 4 * params < row["peak_bytes"] < 2**30
 
 
 def test_an_unknown_preset_is_named():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,8 @@ class Result:
       compile_seconds: of our step.
       temporary_bytes: that our step needs beside its state, as the compiler says.
       absent: why a contender is, by name.
+      peak_bytes: of device memory, by contender: ours as the compiler says, torch's as it counts on
+        a GPU; None where nothing tells.
       flops_per_token: by convention, over the device's peak; empty where that is not known.
     """
 
@@ -58,6 +61,7 @@ class Result:
     temporary_bytes: int
     flops_per_token: dict[str, float]
     absent: dict[str, str]
+    peak_bytes: dict[str, int | None]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per contender: tokens/s (median, least, most) and ours relative to it."""
@@ -68,6 +72,7 @@ class Result:
                 "least": self.tokens_per_step / max(timing.seconds),
                 "most": self.tokens_per_step / min(timing.seconds),
                 "ours_is_faster_by": ratio(self.timings[OURS], timing),
+                "peak_bytes": self.peak_bytes[name],
                 "first_loss": self.losses[name][0],
                 "last_warm_up_loss": self.losses[name][-1],
             }
@@ -110,11 +115,14 @@ def compare(
     contenders: dict[str, Callable[[], float]] = {OURS: ours.step}
     losses = {OURS: _warm_up(ours.step)}
     absent: dict[str, str] = {}
+    peak_bytes: dict[str, int | None] = {OURS: ours.peak_bytes}
     if against_torch:
         for name, step in _torch_steps(config, weights, ids, compiled=compiled).items():
+            _torch_peak_bytes(reset=True)
             found = attempt(name, functools.partial(_warm_up, step), absent)
             if found is not None:
                 contenders[name], losses[name] = step, found
+                peak_bytes[name] = _torch_peak_bytes()
     for name, values in losses.items():
         difference = np.abs(np.subtract(values, losses[OURS])).max()
         if not difference < _LOSS_TOLERANCES[str(Llama(model).compute_dtype)]:
@@ -135,7 +143,17 @@ def compare(
         ours.temporary_bytes,
         {name: count / peak for name, count in counts.items()} if peak else {},
         absent,
+        peak_bytes,
     )
+
+
+def _torch_peak_bytes(reset: bool = False) -> int | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()
 
 
 def _warm_up(step: Callable[[], float]) -> list[float]:
@@ -224,6 +242,12 @@ class _Ours:
         self.compile_seconds = time.perf_counter() - began
         memory = self._compiled.memory_analysis()
         self.temporary_bytes = memory.temp_size_in_bytes if memory is not None else 0
+        self.peak_bytes = None
+        if memory is not None:
+            self.peak_bytes = (
+                memory.argument_size_in_bytes + memory.temp_size_in_bytes
+                + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            )  # fmt: skip
 
     def step(self) -> float:
         self._state, metrics = self._compiled(self._state, self.batch)
