@@ -59,9 +59,10 @@ class Llama:
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 params with TinyLlama's initialisation."""
         module = _Transformer(self.config, self.compute_dtype)
-        token = jnp.zeros((mesh.parts(BATCH), 1), jnp.int32)  # what a mesh can divide
+        # What a mesh can divide, and two tokens, since cuDNN takes no odd length.
+        tokens = jnp.zeros((mesh.parts(BATCH), 2), jnp.int32)
         # Jitted, since op by op each initialiser would be compiled on its own.
-        return jax.jit(lambda key: module.init(key, token, token, None, None)["params"])(key)
+        return jax.jit(lambda key: module.init(key, tokens, tokens, None, None)["params"])(key)
 
     def apply(
         self,
