@@ -140,7 +140,7 @@ def small_step(gpu: str, **model) -> str:
         training=dataclasses.replace(config.training, global_batch_tokens=16_384),
     )
     cluster = parse_gpus(gpu)
-    return lower_step(config, cluster, (1, 1, 1)).compile().as_text()
+    return lower_step(config, cluster, (1, 1, 1))[0].compile().as_text()
 
 
 def attention(gpu: str) -> dict[str, int]:

@@ -91,7 +91,7 @@ def compile_step(config: Config, cluster: Cluster, shape: tuple[int, int, int]) 
       ValueError: no plugin, or a mesh that the cluster or the model does not fit.
     """
     began = time.perf_counter()
-    lowered, state = _lower(config, cluster, shape)
+    lowered, state = lower_step(config, cluster, shape)
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -111,14 +111,10 @@ def compile_step(config: Config, cluster: Cluster, shape: tuple[int, int, int]) 
     )
 
 
-def lower_step(config: Config, cluster: Cluster, shape: tuple[int, int, int]) -> jax.stages.Lowered:
-    """As `compile_step`, before the compiler."""
-    return _lower(config, cluster, shape)[0]
-
-
-def _lower(
+def lower_step(
     config: Config, cluster: Cluster, shape: tuple[int, int, int]
 ) -> tuple[jax.stages.Lowered, TrainState]:
+    """What `compile_step` compiles, and the shapes of the state that it takes."""
     if np.prod(shape) != cluster.size:
         raise ValueError(
             f"a mesh of {'x'.join(map(str, shape))} ({' x '.join(AXES)}) has {np.prod(shape)} "

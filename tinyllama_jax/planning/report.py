@@ -131,7 +131,7 @@ def memory_lines(plan: Plan) -> list[str]:
             f"which the times below leave out; model.remat=dots needs none of that"
         )
     share = plan.compiled.peak_bytes / plan.cluster.gpu.memory_bytes
-    if plan.fits and share > _DEFAULT_FRACTION - 0.02:
+    if plan.fits and share > _DEFAULT_FRACTION:
         lines.append(
             f"jax takes {_DEFAULT_FRACTION:.0%} of a card unless told otherwise: run with "
             f"XLA_CLIENT_MEM_FRACTION=0.97"
