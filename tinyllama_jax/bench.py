@@ -106,12 +106,16 @@ def _attention(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     print(f"causal attention, {shape}, {dtype}")
     for which in dict.fromkeys(row["pass"] for row in rows):
-        print(f"\n{which:<24}{'ms':>9}{'least':>9}{'most':>9}{'TFLOP/s':>9}   ours is faster by")
+        print(
+            f"\n{which:<24}{'ms':>9}{'least':>9}{'most':>9}{'TFLOP/s':>9}{'peak GiB':>10}   "
+            f"ours is faster by"
+        )
         for row in rows:
             if row["pass"] == which:
                 print(
                     f"{row['contender']:<24}{row['milliseconds']:>9.3f}{row['least']:>9.3f}"
-                    f"{row['most']:>9.3f}{row['tflops']:>9.2f}   {row['ours_is_faster_by']:.2f}x"
+                    f"{row['most']:>9.3f}{row['tflops']:>9.2f}{_gibibytes(row['peak_bytes'])}   "
+                    f"{row['ours_is_faster_by']:.2f}x"
                 )
     return {"shape": shape._asdict(), "dtype": dtype, "rows": rows, "absent": absent}
 
@@ -134,13 +138,11 @@ def _loss(arguments: argparse.Namespace) -> dict[str, Any]:
         against_torch=arguments.against == "torch",
     )  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in size.items()))
-    print(f"\n{'':<24}{'ms':>9}{'least':>9}{'most':>9}{'MiB':>9}   ours is faster by")
+    print(f"\n{'':<24}{'ms':>9}{'least':>9}{'most':>9}{'peak GiB':>10}   ours is faster by")
     for row in rows:
-        known = row["temporary_bytes"]
-        mebibytes = "-" if known is None else f"{known / 2**20:.0f}"
         print(
             f"{row['contender']:<24}{row['milliseconds']:>9.2f}{row['least']:>9.2f}"
-            f"{row['most']:>9.2f}{mebibytes:>9}   {row['ours_is_faster_by']:.2f}x"
+            f"{row['most']:>9.2f}{_gibibytes(row['peak_bytes'])}   {row['ours_is_faster_by']:.2f}x"
         )
     return {"size": size, "rows": rows, "absent": absent}
 
@@ -180,8 +182,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{'':<16}{'tokens/s':>10}{'least':>10}{'most':>10}{more}   ours is faster by")
     for row in rows:
         more = f"{row['mfu_causal']:>12.1%}{row['mfu_palm']:>8.1%}" if mfu else ""
-        peak = row["peak_bytes"]
-        more += f"{'-' if peak is None else format(peak / 2**30, '.2f'):>10}"
+        more += _gibibytes(row["peak_bytes"])
         print(
             f"{row['contender']:<16}{row['tokens_per_second']:>10,.0f}{row['least']:>10,.0f}"
             f"{row['most']:>10,.0f}{more}   {row['ours_is_faster_by']:.2f}x"
@@ -233,14 +234,19 @@ def _decode(arguments: argparse.Namespace) -> dict[str, Any]:
         against_torch=arguments.against == "hf",
     )  # fmt: skip
     print(f"greedy decoding, {', '.join(f'{name} {n}' for name, n in size.items())}, {model}\n")
-    print(f"{'':<16}{'tokens/s':>10}{'least':>10}{'most':>10}   ours is faster by")
+    print(f"{'':<16}{'tokens/s':>10}{'least':>10}{'most':>10}{'peak GiB':>10}   ours is faster by")
     for row in rows:
         share = f", {row['share_of_bound']:.0%} of the bound" if "share_of_bound" in row else ""
         print(
             f"{row['contender']:<16}{row['tokens_per_second']:>10,.1f}{row['least']:>10,.1f}"
-            f"{row['most']:>10,.1f}   {row['ours_is_faster_by']:.2f}x{share}"
+            f"{row['most']:>10,.1f}{_gibibytes(row['peak_bytes'])}   "
+            f"{row['ours_is_faster_by']:.2f}x{share}"
         )
     return {"size": size, "model": dataclasses.asdict(model), "rows": rows, "absent": absent}
+
+
+def _gibibytes(peak_bytes: int | None) -> str:
+    return f"{'-' if peak_bytes is None else format(peak_bytes / 2**30, '.3f'):>10}"
 
 
 def _write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:

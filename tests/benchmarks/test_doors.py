@@ -42,6 +42,9 @@ def test_attention(tmp_path, capsys, against_torch):
     for row in figures["rows"]:
         assert 0 < row["least"] <= row["milliseconds"] <= row["most"]
         assert row["largest_difference"] < 1e-4 and row["tflops"] > 0
+        inputs = 4 * 2 * 64 * 32 * (4 + 2 + 2)
+        assert (row["peak_bytes"] is None) == row["contender"].startswith("torch")
+        assert row["peak_bytes"] is None or inputs < row["peak_bytes"] < 20 * inputs
     assert "forward and backward" in capsys.readouterr().out
 
 
@@ -69,7 +72,10 @@ def test_loss(tmp_path, capsys, against_torch):
     assert list(rows) == (
         ["chunked (ours)", "plain", "its three products"] + ["torch"] * bool(against_torch)
     )
-    assert rows["chunked (ours)"]["temporary_bytes"] < rows["plain"]["temporary_bytes"] / 2
+    assert rows["chunked (ours)"]["peak_bytes"] < rows["plain"]["peak_bytes"] / 2
+    assert rows["plain"]["peak_bytes"] > 4 * 512 * 512  # all logits in float32
+    if against_torch:
+        assert rows["torch"]["peak_bytes"] is None  # on a CPU nothing counts
     assert "its three products" in capsys.readouterr().out
 
 
@@ -108,6 +114,8 @@ def test_decode(tmp_path, capsys, extra):
     )  # fmt: skip
     assert figures["rows"][0]["contender"] == "ours"
     assert all(row["tokens_per_second"] > 0 for row in figures["rows"])
+    params = 4 * 2 * 4096 * 64  # the two tables alone
+    assert params < figures["rows"][0]["peak_bytes"] < 4 * params
     assert "share_of_bound" not in figures["rows"][0]  # of this CPU nobody knows it
     assert "ours is faster by" in capsys.readouterr().out
 

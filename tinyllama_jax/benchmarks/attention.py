@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinyllama_jax.benchmarks.memory import with_torch_peak_bytes
 from tinyllama_jax.benchmarks.rounds import attempt, interleave, ratio, wait_for
 from tinyllama_jax.kernels.attention import api, cudnn
+from tinyllama_jax.planning.compile import peak_bytes_of
 
 # Largest difference from the formula, over the largest value, that is not a mistake.
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
@@ -42,8 +44,8 @@ def compare(
 
     Returns:
       A row per pass and contender: milliseconds (median, least, most), TFLOP/s of the causal half,
-      how many times faster ours is, and the largest difference from the formula; and by name, why
-      a contender is absent.
+      how many times faster ours is, bytes of memory at its fullest moment (None: nothing tells),
+      and the largest difference from the formula; and by name, why a contender is absent.
 
     Raises:
       ValueError: a contender computes something else.
@@ -64,23 +66,30 @@ def _compare(
         exact = jax.device_get(
             expected["forward and backward"](*(x.astype(jnp.float32) for x in arrays))
         )
+    absent: dict[str, str] = {}
     contenders: dict[str, dict[str, Callable[[], Any]]] = {name: {} for name in _PASSES}
+    peak_bytes: dict[tuple[str, str], int | None] = {}
     for name, function in _in_jax(shape, dtype).items():
         for which, run in _passes(function).items():
-            contenders[which][name] = functools.partial(run, *arrays)
+            compiled = attempt(name, functools.partial(_compiled, run, arrays), absent)
+            if compiled is not None:
+                contenders[which][name] = functools.partial(compiled, *arrays)
+                peak_bytes[which, name] = peak_bytes_of(compiled)
     if against_torch:
         for which, call in _in_torch(arrays).items():
             contenders[which]["torch SDPA"] = call
     rows = []
-    absent: dict[str, str] = {}
     for which, calls_by_name in contenders.items():
         differences = {}
         for name, call in list(calls_by_name.items()):
-            result = attempt(name, functools.partial(_called, call), absent)
-            if result is None:
+            called = functools.partial(_called, call)
+            found = attempt(name, functools.partial(with_torch_peak_bytes, called), absent)
+            if found is None:
                 del calls_by_name[name]
-            else:
-                differences[name] = _difference(result, exact)
+                continue
+            result, counted = found
+            peak_bytes.setdefault((which, name), counted)
+            differences[name] = _difference(result, exact)
         for name, difference in differences.items():
             if not difference < _TOLERANCES[dtype]:
                 raise ValueError(
@@ -101,6 +110,7 @@ def _compare(
                 "most": 1e3 * max(timing.seconds),
                 "tflops": work / timing.median / 1e12,
                 "ours_is_faster_by": ratio(ours, timing),
+                "peak_bytes": peak_bytes[which, name],
                 "largest_difference": differences[name],
             }
             for name, timing in timings.items()
@@ -110,6 +120,10 @@ def _compare(
 
 def _ours() -> str:
     return "flash (ours)" if jax.default_backend() == "gpu" else "folded (ours)"
+
+
+def _compiled(run: Any, arrays: list[jax.Array]) -> jax.stages.Compiled:
+    return run.lower(*arrays).compile()
 
 
 def _called(call: Callable[[], Any]) -> Any:

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinyllama_jax.benchmarks.memory import with_torch_peak_bytes
 from tinyllama_jax.benchmarks.rounds import attempt, interleave, ratio
 from tinyllama_jax.benchmarks.torch_llama import torch_llama
 from tinyllama_jax.config import ModelConfig, SamplingConfig
 from tinyllama_jax.inference import decoding
 from tinyllama_jax.model.llama import Llama, Params, parameter_count
+from tinyllama_jax.planning.compile import peak_bytes_of
 
 OURS = "ours"
 # What rounding may do to the likeliest tokens' logits, in standard deviations of all logits.
@@ -41,8 +43,8 @@ def compare(
 
     Returns:
       A row per contender: tokens/s of all rows (median, least, most), how many times faster ours
-      is, and where the bandwidth is known the share of the bound that it sets; and by name, why a
-      contender is absent.
+      is, bytes of memory at its fullest moment (None: nothing tells), and where the bandwidth is
+      known the share of the bound that it sets; and by name, why a contender is absent.
 
     Raises:
       ValueError: a contender chose tokens that are not the likeliest.
@@ -62,11 +64,15 @@ def compare(
         call = attempt("Hugging Face", in_torch, absent)
         if call is not None:
             contenders["Hugging Face"] = call
+    peak_bytes = {OURS: _peak_bytes(llama, params, rows, prompt_tokens, new_tokens)}
     for name, call in list(contenders.items()):
-        tokens = call() if name == OURS else attempt(name, call, absent)
-        if tokens is None:
+        measured = functools.partial(with_torch_peak_bytes, call)
+        found = measured() if name == OURS else attempt(name, measured, absent)
+        if found is None:
             del contenders[name]
             continue
+        tokens, counted = found
+        peak_bytes.setdefault(name, counted)
         shortfall = _shortfall(llama, params, prompts, tokens)
         if not shortfall < _TOLERANCES[str(dtype)]:
             raise ValueError(
@@ -82,6 +88,7 @@ def compare(
             "least": rows * new_tokens / max(timing.seconds),
             "most": rows * new_tokens / min(timing.seconds),
             "ours_is_faster_by": ratio(timings[OURS], timing),
+            "peak_bytes": peak_bytes[name],
         }
         | ({"share_of_bound": rows * new_tokens / timing.median / bound} if bound else {})
         for name, timing in timings.items()
@@ -109,6 +116,15 @@ def _bound(model: ModelConfig, rows: int, context: float, itemsize: int, bandwid
     weights = (parameter_count(model) - table) * itemsize
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize * context
     return rows * bandwidth / (weights + rows * cache)
+
+
+def _peak_bytes(
+    llama: Llama, params: Params, rows: int, prompt_tokens: int, new_tokens: int
+) -> int | None:
+    settings = SamplingConfig(temperature=0.0, max_new_tokens=new_tokens)
+    programs = decoding.compile_for(llama, params, rows, prompt_tokens, settings)
+    peaks = [peak for peak in map(peak_bytes_of, programs) if peak is not None]
+    return max(peaks, default=None)
 
 
 def _ours(llama: Llama, params: Params, prompts: list, new_tokens: int) -> np.ndarray:

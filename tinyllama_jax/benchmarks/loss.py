@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinyllama_jax.benchmarks.memory import with_torch_peak_bytes
 from tinyllama_jax.benchmarks.rounds import attempt, interleave, ratio, wait_for
 from tinyllama_jax.kernels import cross_entropy
+from tinyllama_jax.planning.compile import peak_bytes_of
 
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 _OURS, _PRODUCTS = "chunked (ours)", "its three products"
@@ -27,9 +29,9 @@ def compare(
     """Times the loss of rows x seq_len random tokens.
 
     Returns:
-      A row per contender: milliseconds (median, least, most), how many times faster ours is, the
-      compiler's temporary bytes (None: not jax's), and the largest difference of a gradient from
-      the plain loss's in float32; and by name, why a contender is absent.
+      A row per contender: milliseconds (median, least, most), how many times faster ours is, bytes
+      of memory at its fullest moment (None: nothing tells), and the largest difference of a
+      gradient from the plain loss's in float32; and by name, why a contender is absent.
 
     Raises:
       ValueError: a contender computes something else.
@@ -65,21 +67,24 @@ def _compare(
         )
     absent: dict[str, str] = {}
     contenders: dict[str, Callable[[], Any]] = {}
-    temporary: dict[str, int] = {}
+    peak_bytes: dict[str, int | None] = {}
     for name, function in functions.items():
         compiled = attempt(name, functools.partial(_compiled, function, arrays), absent)
         if compiled is not None:
             contenders[name] = functools.partial(compiled, *arrays)
-            memory = compiled.memory_analysis()
-            temporary[name] = memory.temp_size_in_bytes if memory is not None else 0
+            peak_bytes[name] = peak_bytes_of(compiled)
     if against_torch:
         contenders["torch"] = _in_torch(arrays)
     differences = {}
     for name, call in list(contenders.items()):
-        result = attempt(name, functools.partial(_called, call), absent)
-        if result is None:
+        called = functools.partial(_called, call)
+        found = attempt(name, functools.partial(with_torch_peak_bytes, called), absent)
+        if found is None:
             del contenders[name]
-        elif name != _PRODUCTS:
+            continue
+        result, counted = found
+        peak_bytes.setdefault(name, counted)
+        if name != _PRODUCTS:
             differences[name] = _difference(result, exact)
             if not differences[name] < _TOLERANCES[dtype]:
                 raise ValueError(
@@ -96,7 +101,7 @@ def _compare(
             "least": 1e3 * min(timing.seconds),
             "most": 1e3 * max(timing.seconds),
             "ours_is_faster_by": ratio(timings[_OURS], timing),
-            "temporary_bytes": temporary.get(name),
+            "peak_bytes": peak_bytes[name],
             "largest_difference": differences.get(name),
         }
         for name, timing in timings.items()

@@ -81,12 +81,13 @@ _COLUMNS = {
     "mfu_causal": "MFU causal",
     "mfu_palm": "MFU PaLM",
     "share_of_bound": "of the bound",
+    "peak_bytes": "peak GiB",
     "ours_is_faster_by": "ours is faster by",
 }
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    columns = [name for name in _COLUMNS if name in rows[0]]
+    columns = [name for name in _COLUMNS if rows[0].get(name) is not None]
     lines = [
         "| " + " | ".join(_COLUMNS[name] for name in columns) + " |",
         "|" + "|".join("---" for _ in columns) + "|",
@@ -98,6 +99,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _cell(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
+    if name == "peak_bytes":
+        return "-" if value is None else f"{value / 2**30:.3f}"
     if name in ("mfu_causal", "mfu_palm", "share_of_bound"):
         return f"{value:.1%}"
     if name == "ours_is_faster_by":

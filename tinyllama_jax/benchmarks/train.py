@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from tinyllama_jax.benchmarks.memory import with_torch_peak_bytes
 from tinyllama_jax.benchmarks.rounds import Timing, attempt, interleave, ratio
 from tinyllama_jax.benchmarks.torch_llama import torch_llama
 from tinyllama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.model.llama import Llama
 from tinyllama_jax.parallel.devices import peak_flops
+from tinyllama_jax.planning.compile import peak_bytes_of
 from tinyllama_jax.training import flops
 from tinyllama_jax.training.losses import NextToken
 from tinyllama_jax.training.optimizer import make_optimizer
@@ -118,11 +119,11 @@ def compare(
     peak_bytes: dict[str, int | None] = {OURS: ours.peak_bytes}
     if against_torch:
         for name, step in _torch_steps(config, weights, ids, compiled=compiled).items():
-            _torch_peak_bytes(reset=True)
-            found = attempt(name, functools.partial(_warm_up, step), absent)
+            warm_up = functools.partial(_warm_up, step)
+            found = attempt(name, functools.partial(with_torch_peak_bytes, warm_up), absent)
             if found is not None:
-                contenders[name], losses[name] = step, found
-                peak_bytes[name] = _torch_peak_bytes()
+                contenders[name] = step
+                losses[name], peak_bytes[name] = found
     for name, values in losses.items():
         difference = np.abs(np.subtract(values, losses[OURS])).max()
         if not difference < _LOSS_TOLERANCES[str(Llama(model).compute_dtype)]:
@@ -145,15 +146,6 @@ def compare(
         absent,
         peak_bytes,
     )
-
-
-def _torch_peak_bytes(reset: bool = False) -> int | None:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return None
-    if reset:
-        torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated()
 
 
 def _warm_up(step: Callable[[], float]) -> list[float]:
@@ -242,12 +234,7 @@ class _Ours:
         self.compile_seconds = time.perf_counter() - began
         memory = self._compiled.memory_analysis()
         self.temporary_bytes = memory.temp_size_in_bytes if memory is not None else 0
-        self.peak_bytes = None
-        if memory is not None:
-            self.peak_bytes = (
-                memory.argument_size_in_bytes + memory.temp_size_in_bytes
-                + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            )  # fmt: skip
+        self.peak_bytes = peak_bytes_of(self._compiled)
 
     def step(self) -> float:
         self._state, metrics = self._compiled(self._state, self.batch)

@@ -76,6 +76,21 @@ def draw(
         yield from np.asarray(ready)[: len(ready) + min(limit, 0)]
 
 
+def compile_for(
+    model: Llama, params: Params, rows: int, prompt_tokens: int, sampling: SamplingConfig
+) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """The two programs that `draw` runs for `rows` prompts of a length: prefill and decoding."""
+    lengths = np.full(rows, prompt_tokens, np.int32)
+    tokens = np.zeros((rows, _bucket(prompt_tokens)), np.int32)
+    traced = _traced(sampling)
+    capacity = _bucket(prompt_tokens + sampling.max_new_tokens)
+    prefill = _prefill.lower(
+        model, params, tokens, lengths, row_keys(range(rows)), traced, capacity
+    )
+    state, _ = prefill.out_info
+    return prefill.compile(), _decode.lower(model, params, state, traced).compile()
+
+
 def _traced(sampling: SamplingConfig) -> SamplingConfig:
     """What of the settings the compiled program depends on; the rest must not compile it anew."""
     if sampling.temperature == 0:

@@ -93,22 +93,30 @@ def compile_step(config: Config, cluster: Cluster, shape: tuple[int, int, int]) 
     began = time.perf_counter()
     lowered, state = lower_step(config, cluster, shape)
     compiled = lowered.compile()
-    memory = compiled.memory_analysis()
-    assert memory is not None
+    memory, peak = compiled.memory_analysis(), peak_bytes_of(compiled)
+    assert memory is not None and peak is not None
     params = _bytes_per_device(state.params)
     text = compiled.as_text() or ""
     return CompiledStep(
         params_bytes=params,
         optimizer_bytes=_bytes_per_device(state) - params,
         temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        peak_bytes=peak,
         collectives=tuple(collectives(text)),
         recomputed_products=len(re.findall(r"^ *%?gemm_fusion\S*\.remat\S* = ", text, re.M)),
         seconds=time.perf_counter() - began,
     )
+
+
+def peak_bytes_of(compiled: jax.stages.Compiled) -> int | None:
+    """Of a program with its arguments, at its fullest moment; None where the compiler won't say."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    return (
+        memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    )  # fmt: skip
 
 
 def lower_step(
