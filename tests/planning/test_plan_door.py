@@ -66,6 +66,9 @@ def test_the_papers_setup_fits(gpus, remat, most, tmp_path):
     assert "matrix products twice" not in done.stdout
     assert "passes of 8 x 2048 on each GPU" in done.stdout and "cost, at best" in done.stdout
     assert "the estimate of time" in done.stdout
+    rows = re.findall(r"^  (.+?) +([\d.]+) GiB \|", done.stdout, re.M)
+    assert "gradients, summed over passes" in dict(rows)
+    assert sum(float(size) for _, size in rows) == pytest.approx(peak, abs=0.1)
     page = (tmp_path / "plan.html").read_text()
     assert f"{peak:.1f} GiB" in page and "http" not in page
 

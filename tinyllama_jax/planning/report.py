@@ -46,12 +46,23 @@ def memory_rows(plan: Plan) -> list[tuple[str, int]]:
     """Bytes per GPU by what they are for."""
     compiled = plan.compiled
     known = compiled.params_bytes + compiled.optimizer_bytes + compiled.temporary_bytes
-    return [
-        ("params", compiled.params_bytes),
-        ("optimizer", compiled.optimizer_bytes),
-        ("activations, gradients, gathered weights", compiled.temporary_bytes),
-        ("batch and results", max(0, compiled.peak_bytes - known)),
-    ]
+    rows = [("params", compiled.params_bytes), ("optimizer", compiled.optimizer_bytes)]
+    # The compiler gives one number for all that lives within a step. Of it, gradients summed over
+    # passes are known: float32 as params, and there from the first pass to the last.
+    if passes(plan) > 1:
+        activations = compiled.temporary_bytes - compiled.params_bytes
+        rows += [
+            ("gradients, summed over passes", compiled.params_bytes),
+            ("activations, gathered weights", activations),
+        ]
+    else:
+        rows.append(("activations, gradients, gathered weights", compiled.temporary_bytes))
+    return [*rows, ("batch and results", max(0, compiled.peak_bytes - known))]
+
+
+def passes(plan: Plan) -> int:
+    """Forward and backward passes per step."""
+    return plan.config.accumulation_steps(plan.shape[0] * plan.shape[1])
 
 
 def sent_rows(plan: Plan) -> list[tuple[str, int, int]]:
@@ -68,7 +79,6 @@ def summary_rows(plan: Plan, price: float) -> list[tuple[str, str]]:
     """The figures of the run, ready to print."""
     e, training = plan.estimate, plan.config.training
     shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, plan.shape, strict=True))
-    passes = plan.config.accumulation_steps(plan.shape[0] * plan.shape[1])
     hidden = e.communication_seconds - e.exposed_seconds
     causal, palm = (
         training.global_batch_tokens * count(plan.config.model, plan.config.data.seq_len)
@@ -79,7 +89,7 @@ def summary_rows(plan: Plan, price: float) -> list[tuple[str, str]]:
         ("mesh", shape),
         (
             "step",
-            f"{training.global_batch_tokens:,} tokens, {passes} passes of "
+            f"{training.global_batch_tokens:,} tokens, {passes(plan)} passes of "
             f"{training.micro_batch_size} x {plan.config.data.seq_len} on each GPU",
         ),
         ("compiled in", f"{plan.compiled.seconds:.0f} s on this machine, without autotuning"),
