@@ -70,6 +70,9 @@ class DataConfig:
     prepared: str = _free("prepared")  # the directory that holds prepared corpora
     boundary: str = "bos+eos"  # what marks a document in the stream: bos+eos, bos, eos
     seq_len: int = 2048
+    # Batches left out, numbered from 0, as "1200:1250" or "10:20,1200:1250"; --skip_steps adds to
+    # a run's own list.
+    skip: str = ""
     document_mask: bool = False  # attention stays inside a document (TinyLlama's did not)
     seed: int = 0
 
@@ -124,6 +127,21 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Which steps are skipped because they would hurt, and when that is too many."""
+
+    # Standard deviations of the last steps' losses and gradient norms; 0: only what is not finite.
+    sigmas: float = _free(6.0)
+    max_consecutive: int = _free(10)  # steps skipped in a row that end the run
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    seconds: int = _free(1800)  # without a finished step until the process ends; 0: never
+    peer_seconds: int = _free(60)  # without a sign of another process until it counts as lost
+
+
+@dataclasses.dataclass(frozen=True)
 class LoggingConfig:
     every_steps: int = _free(10)
     tensorboard: bool = _free(True)
@@ -152,6 +170,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
     sampling: SamplingConfig = SamplingConfig()
 

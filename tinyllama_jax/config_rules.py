@@ -54,7 +54,15 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
     not_negative("evaluation", config.evaluation, "every_steps", "tokens")
     not_negative("checkpoint", config.checkpoint, "every_steps", "milestone_tokens")
     positive("checkpoint", config.checkpoint, "keep_last")
+    positive("guard", config.guard, "max_consecutive")
+    not_negative("guard", config.guard, "sigmas")
+    not_negative("watchdog", config.watchdog, "seconds")
+    positive("watchdog", config.watchdog, "peer_seconds")
     positive("logging", config.logging, "every_steps")
+    try:
+        skipped_ranges(d.skip)
+    except ValueError as error:
+        problems.append(f"data.skip: {error}")
     problems += [f"sampling.{problem}" for problem in sampling_problems(config.sampling)]
     one_of("model.compute_dtype", m.compute_dtype, ("auto", "float32", "bfloat16"))
     one_of("model.attention", m.attention, ("auto", "reference", "folded", "flash", "cudnn"))
@@ -135,6 +143,36 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
             "digits, _ and -",
         )
     raise_all(problems)
+
+
+def skipped_ranges(text: str) -> tuple[tuple[int, int], ...]:
+    """The ranges of batches that `data.skip` leaves out, ascending, those that touch joined.
+
+    Raises:
+      ValueError: it is not a list of ranges A:B with A below B.
+    """
+    ranges = []
+    for part in text.split(",") if text else ():
+        first, colon, end = part.partition(":")
+        if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+            raise ValueError(
+                f'"{part}" is not a range of steps A:B, which leaves out A up to B - 1; as '
+                f"1200:1250"
+            )
+        ranges.append((int(first), int(end)))
+    joined: list[tuple[int, int]] = []
+    for begin, stop in sorted(ranges):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((begin, stop))
+    return tuple(joined)
+
+
+def joined_skips(*texts: str) -> str:
+    """Several values of `data.skip` as one."""
+    ranges = skipped_ranges(",".join(filter(None, texts)))
+    return ",".join(f"{first}:{end}" for first, end in ranges)
 
 
 def sampling_problems(settings: SamplingConfig) -> list[str]:

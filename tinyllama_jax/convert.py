@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
 def _to_hf(arguments: argparse.Namespace) -> None:
     from tinyllama_jax.conversion import hf, output, shards
     from tinyllama_jax.conversion.load import describe_run, load
-    from tinyllama_jax.runs.checkpoint import open_params
+    from tinyllama_jax.runs.restore import open_params
 
     max_shard_bytes = shards.parse_size(arguments.max_shard_size)
     if arguments.verify:

@@ -16,7 +16,7 @@ from tinyllama_jax.conversion import hf
 from tinyllama_jax.conversion.hf_config import SpecialIds
 from tinyllama_jax.conversion.load import load, save_run
 from tinyllama_jax.model.llama import Llama
-from tinyllama_jax.runs import checkpoint, directory
+from tinyllama_jax.runs import checkpoint, directory, restore
 from tinyllama_jax.text.tokenizer import Tokenizer
 
 UNTIED = ModelConfig(
@@ -204,7 +204,7 @@ def test_an_export_reads_leaf_by_leaf(tmp_path, monkeypatch):
     """Each leaf of a checkpoint is read once, verified, and given up before the next is read."""
     make_run(tmp_path / "run")
     read, held = [], []
-    stored = checkpoint.open_params(tmp_path / "run")
+    stored = restore.open_params(tmp_path / "run")
     original = type(stored).__getitem__
 
     def watched(self, path):

@@ -17,8 +17,9 @@ import pytest
 
 from tinyllama_jax.config import CheckpointConfig
 from tinyllama_jax.runs import checkpoint, integrity
-from tinyllama_jax.runs.checkpoint import CHECKPOINTS, Checkpointer, restore_params
+from tinyllama_jax.runs.checkpoint import Checkpointer
 from tinyllama_jax.runs.integrity import SEAL
+from tinyllama_jax.runs.restore import CHECKPOINTS, restore_params
 
 CHILD = pathlib.Path(__file__).with_name("saving_child.py")
 state_at = runpy.run_path(str(CHILD))["state_at"]

@@ -27,6 +27,7 @@ from tinyllama_jax.training.step import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 40, 5
+STALL = "checkpoint_stall_seconds"  # in the line after a save
 TIMING = {"tokens_per_second", "step_seconds", "data_wait_seconds"}
 MIDDLE_OF_A_SAVE = "the middle of a save"
 
@@ -125,7 +126,7 @@ def logged(run_dir: pathlib.Path) -> list[dict[str, str]]:
         json.loads(line, parse_float=str, parse_int=str)
         for line in (run_dir / "metrics.jsonl").read_text().splitlines()
     ]
-    return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
+    return [{k: v for k, v in record.items() if k not in TIMING | {STALL}} for record in records]
 
 
 def saved(run_dir: pathlib.Path) -> dict[int, list[bytes]]:

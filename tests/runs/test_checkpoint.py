@@ -14,13 +14,9 @@ import pytest
 
 from tinyllama_jax.config import CheckpointConfig
 from tinyllama_jax.runs import checkpoint
-from tinyllama_jax.runs.checkpoint import (
-    CHECKPOINTS,
-    Checkpointer,
-    restore_params,
-    save_params,
-)
+from tinyllama_jax.runs.checkpoint import Checkpointer, save_params
 from tinyllama_jax.runs.integrity import SEAL
+from tinyllama_jax.runs.restore import CHECKPOINTS, restore_params
 from tinyllama_jax.runs.steps import steps_to_keep
 
 KEEP_ALL = CheckpointConfig(keep_last=1000)
@@ -290,7 +286,8 @@ def test_a_sharded_state_is_restored_on_another_mesh(tmp_path):
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tinyllama_jax.config import CheckpointConfig
-from tinyllama_jax.runs.checkpoint import Checkpointer, restore_params
+from tinyllama_jax.runs.checkpoint import Checkpointer
+from tinyllama_jax.runs.restore import restore_params
 
 def state_on(shape, spec):
     mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)

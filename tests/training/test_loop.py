@@ -25,8 +25,9 @@ from tinyllama_jax.config import (
 )
 from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.model.llama import Llama
-from tinyllama_jax.runs.checkpoint import Checkpointer, restore_params, save_params
+from tinyllama_jax.runs.checkpoint import Checkpointer, save_params
 from tinyllama_jax.runs.metrics import read_metrics
+from tinyllama_jax.runs.restore import restore_params
 from tinyllama_jax.training.loop import train
 from tinyllama_jax.training.losses import NextToken
 
@@ -48,8 +49,16 @@ CONFIG = Config(
     checkpoint=CheckpointConfig(every_steps=4, keep_last=3),
     logging=LoggingConfig(every_steps=1, tensorboard=False),
 )  # fmt: skip
+STALL = "checkpoint_stall_seconds"  # in the line after a save
 TIMING = {"tokens_per_second", "step_seconds", "data_wait_seconds"}
-TRAINING_FIELDS = {"step", "tokens_seen", "loss", "grad_norm", "learning_rate"} | TIMING
+TRAINING_FIELDS = {
+    "step",
+    "tokens_seen",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "skipped_steps",
+} | TIMING
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -92,8 +101,17 @@ class MadeUpData:
 
         yield batches()
 
-    def fingerprint(self, step):
+    def fingerprint(self, step, *, skip):
         return f"{self.seed} from {step}"
+
+    def require_same_past(self, step, skip):
+        assert skip == ""
+
+    def batch_number(self, step):
+        return step
+
+    def documents_at(self, step):
+        return [[f"a document of batch {step}"]] * ROWS
 
 
 class MadeUpValidation:
@@ -129,7 +147,9 @@ def bits(state):
 def untimed(run_dir):
     """The lines of metrics.jsonl without the fields that no two runs share."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in TIMING | {STALL}} for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +187,8 @@ def test_every_line_has_its_fields(uninterrupted):
     # A step's evaluation follows its own line.
     assert [r["step"] for r in records] == sorted(r["step"] for r in records)
     for record in training:
-        assert record.keys() == TRAINING_FIELDS
+        assert record.keys() - {STALL} == TRAINING_FIELDS
+        assert (STALL in record) == (record["step"] in (5, 9))  # saved after 4 and 8
         assert record["tokens_seen"] == record["step"] * ROWS * S
         assert all(math.isfinite(value) for value in record.values())
         assert record["step_seconds"] > 0 and record["data_wait_seconds"] >= 0
@@ -288,7 +309,12 @@ def test_training_starts_from_imported_params(tmp_path, uninterrupted):
 
 def test_a_last_step_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
     attempts = []
-    monkeypatch.setattr(Checkpointer, "save", lambda self, step, *rest: attempts.append(step))
+
+    def save(self, step, *rest):
+        attempts.append(step)
+        return 0.0
+
+    monkeypatch.setattr(Checkpointer, "save", save)
     monkeypatch.setattr(Checkpointer, "wait", lambda self: False)
     with pytest.raises(OSError, match=r"the last step, 12, could not be saved .* from step 0"):
         run(tmp_path)

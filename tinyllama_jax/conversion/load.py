@@ -14,7 +14,7 @@ from tinyllama_jax.conversion import hf, hf_config
 from tinyllama_jax.conversion.hf_config import SpecialIds
 from tinyllama_jax.conversion.output import fresh_directory
 from tinyllama_jax.model.llama import Llama, Params
-from tinyllama_jax.runs import checkpoint, directory
+from tinyllama_jax.runs import checkpoint, directory, restore
 from tinyllama_jax.text.tokenizer import Tokenizer
 
 # Beside a run's config.json. The tokenizer is the run's own copy, so that a run can be moved; no
@@ -138,7 +138,7 @@ def describe_run(run: pathlib.Path) -> tuple[Config, Tokenizer | None, SpecialId
 
 def _load_run(run: pathlib.Path, step: int | None) -> Loaded:
     config, tokenizer, ids = describe_run(run)
-    step, params = checkpoint.restore_params(run, step)
+    step, params = restore.restore_params(run, step)
     return Loaded(config, Llama(config.model), _to_device(params), tokenizer, ids, step)
 
 

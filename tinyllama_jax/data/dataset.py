@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -21,9 +21,12 @@ import grain
 import numpy as np
 
 from tinyllama_jax.config import Config
+from tinyllama_jax.config_rules import skipped_ranges
 from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.data.stream import Document, ShardReaders, Stream, Windows
+
+OwnRows = Callable[[int], Sequence[int]]
 
 _MAX_WINDOWS = 2**32 - 1  # Grain's shuffle permutes 32-bit indices
 
@@ -60,6 +63,9 @@ class TrainingDataset:
       seq_len: S, tokens per row.
       batch_rows: R, rows per step.
       seed: of the shuffles.
+      own_rows: which rows of a batch of so many this process reads; all, unless it is one of
+        several.
+      skip: batches that are left out, as `data.skip`.
     """
 
     def __init__(
@@ -70,9 +76,13 @@ class TrainingDataset:
         seq_len: int,
         batch_rows: int,
         seed: int,
+        own_rows: OwnRows = range,
+        skip: str = "",
     ):
         self.seq_len = seq_len
         self.batch_rows = batch_rows
+        self.skip = skip
+        self._own_rows = own_rows(batch_rows)
         # In order of name, so that the order of the config's entries does not matter.
         self.windows = {name: Windows(streams[name], seq_len) for name in sorted(streams)}
         self._mixture = Mixture([weights[name] for name in self.windows])
@@ -88,18 +98,49 @@ class TrainingDataset:
 
     def rows_at(self, step: int) -> list[Row]:
         """The R rows of a step."""
+        return self._rows_of(step, range(self.batch_rows))
+
+    def _rows_of(self, step: int, rows: Sequence[int]) -> list[Row]:
+        first = self.batch_number(step) * self.batch_rows
+        return [self._rows[first + row] for row in rows]
+
+    def batch_number(self, step: int, skip: str | None = None) -> int:
+        """Which batch a step reads: all in order but those left out."""
         assert step >= 0, step
-        first = step * self.batch_rows
-        return [self._rows[row] for row in range(first, first + self.batch_rows)]
+        for first, end in skipped_ranges(self.skip if skip is None else skip):
+            if step >= first:
+                step += end - first
+        return step
+
+    def require_same_past(self, step: int, skip: str) -> None:
+        """Checks that a run that left out `skip` saw before `step` what this one sees.
+
+        Raises:
+          ValueError: batches are left out that lie before it.
+        """
+        there = self.batch_number(step, skip)
+
+        def past(text: str) -> list[tuple[int, int]]:
+            return [(a, min(b, there)) for a, b in skipped_ranges(text) if a < there]
+
+        if past(skip) != past(self.skip):
+            raise ValueError(
+                f'data.skip = "{self.skip}" leaves out other batches before step {step}, where the '
+                f'run goes on, than the run did ("{skip}"); name an earlier step with --resume, or '
+                f"leave out batches from {there} on"
+            )
 
     def batch_at(self, step: int) -> Batch:
-        """The batch of a step: tokens and targets `(R, S)` int32, every loss weight 1.
+        """This process's rows of a step: tokens and targets int32, every loss weight 1.
+
+        All R rows, `(R, S)`, unless `own_rows` says otherwise.
 
         Raises:
           DamagedDataError: a page that the step needs is damaged.
         """
-        ids = np.stack([self.windows[row.source][row.window] for row in self.rows_at(step)])
-        return _batch(ids, np.ones((self.batch_rows, self.seq_len), np.float32))
+        rows = self._rows_of(step, self._own_rows)
+        ids = np.stack([self.windows[row.source][row.window] for row in rows])
+        return _batch(ids, np.ones((len(rows), self.seq_len), np.float32))
 
     def documents_at(self, step: int) -> list[list[Document]]:
         """The documents that a step sees, row by row."""
@@ -107,21 +148,23 @@ class TrainingDataset:
 
     def tokens_at(self, step: int) -> dict[str, int]:
         """Tokens that the steps before `step` read from each source."""
-        counts = self._mixture.counts(step * self.batch_rows)
+        counts = self._mixture.counts(self.batch_number(step) * self.batch_rows)
         return {
             name: count * self.seq_len for name, count in zip(self.windows, counts, strict=True)
         }
 
     def epochs_at(self, step: int) -> dict[str, float]:
         """How often the steps before `step` have gone through each source."""
-        counts = self._mixture.counts(step * self.batch_rows)
+        counts = self._mixture.counts(self.batch_number(step) * self.batch_rows)
         return {
             name: count / len(windows)
             for (name, windows), count in zip(self.windows.items(), counts, strict=True)
         }
 
-    def fingerprint(self, step: int, steps: int = 64) -> str:
+    def fingerprint(self, step: int, steps: int = 64, skip: str | None = None) -> str:
         """A sha256 of what the steps `[step, step + steps)` read.
+
+        `skip` stands in for the batches that are left out now.
 
         It covers the rows and the hashes of the shards they are cut from: a run that finds another
         value than its checkpoint holds would go on with other data than it began with.
@@ -131,9 +174,9 @@ class TrainingDataset:
             shards = windows.stream.manifest.shards
             digest.update(f"{name} {' '.join(shard.sha256 for shard in shards)}\n".encode())
         for at in range(step, step + steps):
-            digest.update(
-                "".join(f"{name} {window}\n" for name, window in self.rows_at(at)).encode()
-            )
+            first = self.batch_number(at, skip) * self.batch_rows
+            rows = (self._rows[row] for row in range(first, first + self.batch_rows))
+            digest.update("".join(f"{name} {window}\n" for name, window in rows).encode())
         return digest.hexdigest()
 
     @contextlib.contextmanager
@@ -203,10 +246,12 @@ class ValidationDataset:
       stream: the validation split; at least two ids.
       seq_len: S, tokens per row.
       max_tokens: how many targets are enough; 0: all. Rounded up to a whole window.
+      own_rows: as `TrainingDataset`.
     """
 
-    def __init__(self, stream: Stream, *, seq_len: int, max_tokens: int):
+    def __init__(self, stream: Stream, *, seq_len: int, max_tokens: int, own_rows: OwnRows = range):
         self.stream = stream
+        self._own_rows = own_rows
         self.seq_len = seq_len
         targets = stream.num_tokens - 1
         self._num_windows = -(-targets // seq_len)
@@ -225,16 +270,19 @@ class ValidationDataset:
         return row * self._num_windows // self.num_rows * self.seq_len
 
     def batches(self, rows: int) -> Iterator[Batch]:
-        """Yields batches `(rows, S)` of windows.
+        """Yields batches `(rows, S)` of windows, or this process's rows of them.
 
         Unlike training it also reads the stream's last, incomplete window. The rest of that row,
         and the rows that fill up the last batch, hold zeros of loss weight 0.
         """
+        own = self._own_rows(rows)
         for first in range(0, self.num_rows, rows):
-            ids = np.zeros((rows, self.seq_len + 1), np.int32)
-            loss_weights = np.zeros((rows, self.seq_len), np.float32)
-            for row in range(min(rows, self.num_rows - first)):
-                start = self._start(first + row)
+            ids = np.zeros((len(own), self.seq_len + 1), np.int32)
+            loss_weights = np.zeros((len(own), self.seq_len), np.float32)
+            for row, number in enumerate(own):
+                if first + number >= self.num_rows:
+                    break
+                start = self._start(first + number)
                 count = min(self.seq_len + 1, self.stream.num_tokens - start)
                 ids[row, :count] = self.stream.read(start, count)
                 loss_weights[row, : count - 1] = 1
@@ -249,7 +297,10 @@ class Datasets(NamedTuple):
 
 
 def open_datasets(
-    config: Config, prepared: Mapping[str, pathlib.Path], tokenizer_sha256: str
+    config: Config,
+    prepared: Mapping[str, pathlib.Path],
+    tokenizer_sha256: str,
+    own_rows: OwnRows = range,
 ) -> Datasets:
     """Opens the prepared sources of a run and checks that they are what its config means.
 
@@ -258,6 +309,7 @@ def open_datasets(
       prepared: for each source its prepared directory, which holds `train` and, unless its
         `validation_fraction` is 0, `validation`.
       tokenizer_sha256: of the tokenizer that the run will use.
+      own_rows: as `TrainingDataset`.
 
     Raises:
       FileNotFoundError, DamagedDataError: prepared data is absent or not what was written.
@@ -283,8 +335,9 @@ def open_datasets(
             problems += _problems(held_out, config, tokenizer_sha256)
             if held_out.num_tokens > 1:
                 validation[source.name] = ValidationDataset(
-                    held_out, seq_len=config.data.seq_len, max_tokens=config.evaluation.tokens
-                )
+                    held_out, seq_len=config.data.seq_len, max_tokens=config.evaluation.tokens,
+                    own_rows=own_rows,
+                )  # fmt: skip
     if problems:
         raise ValueError("\n".join(["the prepared data does not fit the config:", *problems]))
     return Datasets(
@@ -294,6 +347,8 @@ def open_datasets(
             seq_len=config.data.seq_len,
             batch_rows=config.batch_rows,
             seed=config.data.seed,
+            own_rows=own_rows,
+            skip=config.data.skip,
         ),
         validation,
     )

@@ -8,6 +8,7 @@ Optimizer moments and gradients lie as their parameters do.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -105,11 +106,37 @@ def placed(shapes: Any) -> Any:
     )
 
 
-def place_rows(batch: Any) -> Any:
-    """A batch's arrays with their rows over the mesh in use; as they are without one."""
+def own_rows(count: int) -> Sequence[int]:
+    """The rows of a batch of `count` that live on this process's devices, ascending."""
+    if not sizes() or jax.process_count() == 1:
+        return range(count)
+    parts = batch_sharding(jax.sharding.get_mesh()).addressable_devices_indices_map((count,))
+    return sorted({row for rows in parts.values() if rows for row in range(count)[rows[0]]})
+
+
+def place_rows(batch: Any, count: int) -> Any:
+    """A batch's arrays with their rows over the mesh in use; as they are without one.
+
+    Args:
+      batch: arrays of this process's rows (`own_rows`).
+      count: rows of the whole batch.
+    """
     if not sizes():
         return batch
-    return jax.device_put(batch, batch_sharding(jax.sharding.get_mesh()))
+    sharding = batch_sharding(jax.sharding.get_mesh())
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    position = {row: index for index, row in enumerate(own_rows(count))}
+
+    def place(array: Any) -> jax.Array:
+        def part(index: Any) -> Any:
+            rows = range(count)[index[0]]
+            first = position[rows.start]
+            return array[first : first + len(rows)]
+
+        return jax.make_array_from_callback((count, *array.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -114,6 +115,25 @@ def check_same_run(run_dir: Path, config: Config) -> None:
         print(f"settings changed since {run_dir} was started: {'; '.join(harmless)}", flush=True)
     if harmless or imported:
         write_config(run_dir, config)
+
+
+def keep_skip(run_dir: Path, skip: str) -> None:
+    """Makes the batches that a run leaves out part of its config, so that every later start does.
+
+    Where the run has no config (a loop run by hand) there is nothing to keep.
+    """
+    if not (Path(run_dir) / CONFIG).exists():
+        return
+    config = read_config(run_dir)
+    if config.data.skip != skip:
+        data = dataclasses.replace(config.data, skip=skip)
+        write_config(run_dir, dataclasses.replace(config, data=data))
+
+
+def saved_skip(run_dir: Path) -> str:
+    """The batches that a run has left out so far; "" before it has begun."""
+    run_dir = Path(run_dir)
+    return read_config(run_dir).data.skip if _has_begun(run_dir) else ""
 
 
 def _has_begun(run_dir: Path) -> bool:

@@ -111,6 +111,19 @@ class MetricsWriter:
             self._failing = True
 
 
+class NoMetrics:
+    """The writer of a process that writes none."""
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
 class _Events:
     """TensorBoard scalars.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -16,13 +16,15 @@ from tinyllama_jax.config import Config
 from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.kernels.attention import api as attention
 from tinyllama_jax.model.llama import Llama
-from tinyllama_jax.parallel import mesh, rules
+from tinyllama_jax.parallel import distributed, mesh, rules
 from tinyllama_jax.progress import Progress
 from tinyllama_jax.runs.checkpoint import Checkpointer
+from tinyllama_jax.runs.directory import keep_skip
 from tinyllama_jax.runs.lock import RunLock
-from tinyllama_jax.runs.metrics import MetricsWriter
+from tinyllama_jax.runs.metrics import MetricsWriter, NoMetrics
 from tinyllama_jax.training.losses import LossFunction
 from tinyllama_jax.training.optimizer import make_optimizer
+from tinyllama_jax.training.preemption import Preempted, Preemption
 from tinyllama_jax.training.step import (
     Metrics,
     TrainState,
@@ -31,6 +33,9 @@ from tinyllama_jax.training.step import (
     make_train_step,
 )
 from tinyllama_jax.training.timing import StepTimer
+from tinyllama_jax.training.watchdog import Watchdog
+
+Writer = MetricsWriter | NoMetrics
 
 
 class TrainingData(Protocol):
@@ -40,7 +45,13 @@ class TrainingData(Protocol):
 
     def prefetch(self, start: int, stop: int) -> AbstractContextManager[Iterator[Batch]]: ...
 
-    def fingerprint(self, step: int) -> str: ...
+    def fingerprint(self, step: int, *, skip: str) -> str: ...
+
+    def require_same_past(self, step: int, skip: str) -> None: ...
+
+    def batch_number(self, step: int) -> int: ...
+
+    def documents_at(self, step: int) -> Sequence[Sequence[object]]: ...
 
 
 class ValidationData(Protocol):
@@ -61,7 +72,8 @@ def train(
 ) -> TrainState:
     """Trains until the token budget is spent, and returns the last state.
 
-    Under a mesh (`parallel.mesh.in_use`) the state is made, restored and saved in parts.
+    Under a mesh (`parallel.mesh.in_use`) the state is made, restored and saved in parts. Of several
+    processes all call this alike.
 
     Args:
       config: validated settings.
@@ -74,20 +86,25 @@ def train(
         write there.
 
     Raises:
-      ValueError: a step that cannot be resumed from, or a lost lock, with the reason.
+      ValueError: a step that cannot be resumed from, a lost lock, or too many steps skipped in a
+        row, with the reason.
       OSError: the last step could not be saved.
+      Preempted: the process was asked to end, and has saved.
     """
     model = Llama(config.model)
     optimizer = make_optimizer(config.optimizer)
     step_fn = make_train_step(model, loss_fn, optimizer, config)
     evaluate = _make_evaluation(config, validation, make_eval_step(model, loss_fn))
     total_steps = config.total_steps
+    batch_rows = config.batch_rows
 
     with (
         Checkpointer(
             run_dir, config.checkpoint, config.training.global_batch_tokens
         ) as checkpoints,
-        MetricsWriter(run_dir, tensorboard=config.logging.tensorboard) as writer,
+        MetricsWriter(run_dir, tensorboard=config.logging.tensorboard)
+        if distributed.is_main()
+        else NoMetrics() as writer,
     ):
         # The fresh state is not made before it is known to be needed: beside the restored one it
         # would double the memory.
@@ -97,12 +114,16 @@ def train(
         if state is None:
             state = fresh(checkpoints.restore_initial_params(shapes.params))
         start = int(state.step)
+        if distributed.is_main():
+            keep_skip(run_dir, config.data.skip)
         if start >= total_steps:
             print(f"step {start} of {total_steps}: the token budget is spent")
             return state
 
         began = time.perf_counter()
-        compiled_step = step_fn.lower(state, rules.place_rows(data.batch_at(start))).compile()
+        batch = rules.place_rows(data.batch_at(start), batch_rows)
+        compiled_step = step_fn.lower(state, batch).compile()
+        del batch
         seconds = time.perf_counter() - began
         chosen = attention.resolve(
             model.compute_dtype, config.model.head_dim, config.data.seq_len,
@@ -115,27 +136,40 @@ def train(
         with (
             data.prefetch(start, total_steps) as batches,
             Progress(total_steps, "steps", initial=start) as progress,
+            Preemption() as preemption,
+            Watchdog(run_dir, config.watchdog.seconds) as watchdog,
         ):
 
             def finish(step: int, metrics: Metrics) -> None:
                 """Waits for a step on the device, and logs it where it is due."""
                 jax.block_until_ready(metrics)
                 timer.count_step()
+                watchdog.beat()
                 progress.advance()
+                if int(metrics["skipped_in_a_row"]) >= config.guard.max_consecutive:
+                    raise ValueError(_too_many_skipped(step, metrics, config, data))
                 if _is_due(step, config.logging.every_steps) or step in (1, total_steps):
-                    record = {name: float(value) for name, value in metrics.items()}
+                    record = {name: value.item() for name, value in metrics.items()}
+                    del record["skipped_in_a_row"]
                     record |= timer.read()
                     writer.write(_at(step, config) | record)
                     progress.advance(0, _summary(record))
 
+            def save(step: int, state: TrainState) -> None:
+                if lock is not None:
+                    lock.require_held()
+                stall = checkpoints.save(step, state, _metadata(step, data, config))
+                timer.count_stall(stall)
+                progress.say(f"step {step}: saving held training up for {stall:.2f} s")
+
             if start == 0:
-                with timer.paused():
+                with timer.paused(), watchdog.paused():
                     evaluate(0, state, writer, progress)
 
             in_flight: tuple[int, Metrics] | None = None
             for step in range(start + 1, total_steps + 1):
                 with timer.waiting_for_data():
-                    batch = rules.place_rows(next(batches))
+                    batch = rules.place_rows(next(batches), batch_rows)
                 state, metrics = compiled_step(state, batch)
                 # One step is always queued behind the one that runs, so the device never waits
                 # for the host, and the host never runs further ahead.
@@ -145,23 +179,29 @@ def train(
 
                 last = step == total_steps
                 evaluation_due = last or _is_due(step, config.evaluation.every_steps)
-                save_due = last or _is_due(step, config.checkpoint.every_steps)
+                preempted = not last and preemption.reached(step)
+                save_due = last or preempted or _is_due(step, config.checkpoint.every_steps)
+                if preempted:
+                    evaluation_due = False
                 if evaluation_due or save_due:
                     # Every line up to a step is written before the step can be restored.
                     finish(*in_flight)
                     in_flight = None
-                with timer.paused():
+                with timer.paused(), watchdog.paused():
                     if evaluation_due:
                         evaluate(step, state, writer, progress)
                     if save_due:
-                        if lock is not None:
-                            lock.require_held()
-                        checkpoints.save(step, state, {"data_fingerprint": data.fingerprint(step)})
-        if not checkpoints.wait():
-            checkpoints.save(
-                total_steps, state, {"data_fingerprint": data.fingerprint(total_steps)}
-            )
-            if not checkpoints.wait():
+                        save(step, state)
+                    if preempted:
+                        saved = checkpoints.saved()
+                        goes_on = step if saved else max(checkpoints.steps(), default=0)
+                        raise Preempted(
+                            f"asked to end at step {step}; start the same command again, and it "
+                            f"goes on from step {goes_on}"
+                        )
+        if not checkpoints.saved():
+            checkpoints.save(total_steps, state, _metadata(total_steps, data, config))
+            if not checkpoints.saved():
                 raise OSError(
                     f"the last step, {total_steps}, could not be saved in {run_dir}, for the "
                     "reason above: make room there and start the same command again; it goes on "
@@ -174,7 +214,7 @@ def _resumed(
     shapes: TrainState,
     resume: str,
     checkpoints: Checkpointer,
-    writer: MetricsWriter,
+    writer: Writer,
     data: TrainingData,
 ) -> TrainState | None:
     """The state that `resume` names, to go on from; None: the run starts."""
@@ -192,7 +232,10 @@ def _resumed(
     if restored is None:
         writer.rewind(0)
         return None
-    saved, now = restored.metadata.get("data_fingerprint"), data.fingerprint(restored.step)
+    skip = restored.metadata.get("data_skip", "")
+    data.require_same_past(restored.step, skip)
+    saved = restored.metadata.get("data_fingerprint")
+    now = data.fingerprint(restored.step, skip=skip)
     if saved is not None and saved != now:
         raise ValueError(
             f"the data after step {restored.step} is not what the run would have seen (fingerprint "
@@ -209,19 +252,20 @@ def _make_evaluation(
     config: Config,
     validation: Mapping[str, ValidationData],
     eval_step: Callable[..., tuple[jax.Array, jax.Array]],
-) -> Callable[[int, TrainState, MetricsWriter, Progress], None]:
+) -> Callable[[int, TrainState, Writer, Progress], None]:
     """Evaluation of every source, and their mean weighted like the training mixture."""
     weights = {source.name: source.weight for source in config.data.sources}
 
-    def source_loss(state: TrainState, batches: Iterator[Batch]) -> float:
-        sums = [eval_step(state.params, rules.place_rows(batch)) for batch in batches]
+    def source_loss(state: TrainState, batches: Iterator[Batch], rows: int) -> float:
+        sums = [eval_step(state.params, rules.place_rows(batch, rows)) for batch in batches]
         losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
         return math.fsum(losses) / math.fsum(counts)
 
-    def evaluate(step: int, state: TrainState, writer: MetricsWriter, progress: Progress) -> None:
+    def evaluate(step: int, state: TrainState, writer: Writer, progress: Progress) -> None:
         rows = config.training.micro_batch_size * mesh.parts(mesh.BATCH)
         losses = {
-            name: source_loss(state, source.batches(rows)) for name, source in validation.items()
+            name: source_loss(state, source.batches(rows), rows)
+            for name, source in validation.items()
         }
         if not losses:
             return
@@ -233,6 +277,27 @@ def _make_evaluation(
         progress.say(f"step {step}: validation loss {mean:.4f} ({each})")
 
     return evaluate
+
+
+def _metadata(step: int, data: TrainingData, config: Config) -> dict[str, str]:
+    """What a step keeps beside its arrays: which data the run goes on with."""
+    skip = config.data.skip
+    return {"data_fingerprint": data.fingerprint(step, skip=skip), "data_skip": skip}
+
+
+def _too_many_skipped(step: int, metrics: Metrics, config: Config, data: TrainingData) -> str:
+    rows = data.documents_at(step - 1)
+    shown = "".join(f"\n  - {document}" for documents in rows[:4] for document in documents[:3])
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    first = data.batch_number(max(0, step - config.guard.max_consecutive))
+    end = data.batch_number(step - 1) + 1
+    return (
+        f"step {step} is the {config.guard.max_consecutive}th in a row that was skipped (loss "
+        f"{loss:.4g}, gradient norm {norm:.4g}; guard.sigmas = {config.guard.sigmas:g}): the run "
+        f"no longer learns. Start it again from an earlier step and past these batches with "
+        f"--resume=STEP --skip_steps={first}:{end}, or lower the learning rate. Documents of the "
+        f"last batch's first rows:{shown}"
+    )
 
 
 def _at(step: int, config: Config) -> dict[str, int]:

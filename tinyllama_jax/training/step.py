@@ -15,6 +15,7 @@ from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.model.llama import Llama, Params
 from tinyllama_jax.parallel import mesh, rules
 from tinyllama_jax.parallel.mesh import P
+from tinyllama_jax.training.guard import Guard, choose, judge
 from tinyllama_jax.training.losses import LossFunction, LossSums
 from tinyllama_jax.training.optimizer import make_schedule
 
@@ -29,11 +30,13 @@ class TrainState:
       step: int32 scalar, optimizer steps done.
       params: the trained tree, float32.
       opt_state: optax's, float32 moments.
+      guard: statistics by which hurtful steps are skipped.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
+    guard: Guard
 
 
 def init_state(
@@ -47,7 +50,7 @@ def init_state(
     @jax.jit
     def init(params: Params | None) -> TrainState:
         params = model.init(jax.random.key(seed)) if params is None else params
-        return _laid_out(TrainState(jnp.int32(0), params, optimizer.init(params)))
+        return _laid_out(TrainState(jnp.int32(0), params, optimizer.init(params), Guard.fresh()))
 
     return init(params)
 
@@ -65,8 +68,11 @@ def make_train_step(
     is `sum(w * l) / sum(w)` over the whole batch: the denominator is summed before dividing, so
     micro-batches with few weighted tokens do not count for more.
 
-    Metrics are float32 scalars: `loss` (nats per weighted token, before this step's update),
-    `grad_norm` (before clipping) and `learning_rate`.
+    A step that the guard judges hurtful changes neither params nor moments; it counts in `step`.
+
+    Metrics are scalars: `loss` (nats per weighted token, before this step's update), `grad_norm`
+    (before clipping) and `learning_rate`, float32; `skipped_steps` (since the run began) and
+    `skipped_in_a_row`, int32.
     """
     schedule = make_schedule(config.optimizer, config.total_steps)
 
@@ -79,12 +85,17 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learning_rate = schedule(state.step)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        loss, grad_norm = sums.reported / sums.weight, optax.tree.norm(grads)
+        good, guard = judge(state.guard, loss, grad_norm, config.guard)
+        params, opt_state = choose(good, (params, opt_state), (state.params, state.opt_state))
         metrics = {
-            "loss": sums.reported / sums.weight,
-            "grad_norm": optax.tree.norm(grads),
+            "loss": loss,
+            "grad_norm": grad_norm,
             "learning_rate": learning_rate,
+            "skipped_steps": guard.skipped,
+            "skipped_in_a_row": guard.in_a_row,
         }
-        return _laid_out(TrainState(state.step + 1, params, opt_state)), metrics
+        return _laid_out(TrainState(state.step + 1, params, opt_state, guard)), metrics
 
     return jax.jit(step, donate_argnums=0)
 

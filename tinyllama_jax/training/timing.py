@@ -33,6 +33,7 @@ class StepTimer:
 
     def _reset(self) -> None:
         self._began, self._paused, self._data_wait, self._steps = time.perf_counter(), 0.0, 0.0, 0
+        self._stall: float | None = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -52,6 +53,10 @@ class StepTimer:
         """A step has finished on the device."""
         self._steps += 1
 
+    def count_stall(self, seconds: float) -> None:
+        """A save has held training up."""
+        self._stall = (self._stall or 0.0) + seconds
+
     def read(self) -> dict[str, float]:
         """The averages since the last read, as metrics.jsonl names them; starts anew."""
         step_seconds = (time.perf_counter() - self._began - self._paused) / self._steps
@@ -62,6 +67,8 @@ class StepTimer:
             "data_wait_seconds": self._data_wait / self._steps,
         }
         result |= {name: f * tokens_per_second for name, f in self._flops_per_token.items()}
+        if self._stall is not None:  # in the line after the save
+            result["checkpoint_stall_seconds"] = self._stall
         memory = self._device.memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             result["peak_memory_bytes"] = memory["peak_bytes_in_use"]
