@@ -1,6 +1,6 @@
 """Compiles parts of the step for GPUs that are not there, in a process of its own.
 
-    python -m tests.planning.compiled_for_gpus kernels|loss|remat|attention|embedding GPU DUMP
+    python -m tests.planning.compiled_for_gpus kernels|loss|remat|attention|embedding|guard GPU DUMP
 
 Prints JSON. Needs the CUDA plugin and `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1`; for the kernels also
 `XLA_FLAGS=--xla_dump_to=DUMP`.
@@ -28,7 +28,8 @@ from tinyllama_jax.config import load_config_file
 from tinyllama_jax.kernels import cross_entropy, target
 from tinyllama_jax.kernels.attention import api
 from tinyllama_jax.parallel.devices import Gpu, parse_gpus
-from tinyllama_jax.planning.compile import compile_step, lower_step, make_topology
+from tinyllama_jax.planning.compile import compile_step, lower_step, make_topology, peak_bytes_of
+from tinyllama_jax.training import step
 
 PTXAS = pathlib.Path(sysconfig.get_paths()["purelib"], "nvidia/cu13/bin/ptxas")  # of [cuda13]
 TOKENS, D, V = 16_384, 2048, 32_000
@@ -131,8 +132,8 @@ def remat(gpu: str) -> dict[str, int]:
     return sizes
 
 
-def small_step(gpu: str, **model) -> str:
-    """The compiled step of two layers of the 1.1B model, as text."""
+def small_step(gpu: str, **model) -> jax.stages.Compiled:
+    """The compiled step of two layers of the 1.1B model."""
     config = load_config_file("configs/tinyllama_1b.py")
     config = dataclasses.replace(
         config,
@@ -140,7 +141,7 @@ def small_step(gpu: str, **model) -> str:
         training=dataclasses.replace(config.training, global_batch_tokens=16_384),
     )
     cluster = parse_gpus(gpu)
-    return lower_step(config, cluster, (1, 1, 1))[0].compile().as_text()
+    return lower_step(config, cluster, (1, 1, 1))[0].compile()
 
 
 def attention(gpu: str) -> dict[str, int]:
@@ -149,9 +150,9 @@ def attention(gpu: str) -> dict[str, int]:
     return {
         f"{name} {remat} {unroll}": sum(
             call in line and "custom-call(" in line
-            for line in small_step(
-                gpu, attention=name, remat=remat, scan_unroll=unroll
-            ).splitlines()
+            for line in small_step(gpu, attention=name, remat=remat, scan_unroll=unroll)
+            .as_text()
+            .splitlines()
         )
         for name, call in calls.items()
         for remat, unroll in (("none", 0), ("dots", 0), ("attention", 0), ("attention", 1))
@@ -160,15 +161,23 @@ def attention(gpu: str) -> dict[str, int]:
 
 def embedding(gpu: str) -> dict[str, list[str]]:
     """Scatters and sorts of a step that must be deterministic."""
-    text = small_step(gpu, attention="flash", scan_unroll=0)
+    text = small_step(gpu, attention="flash", scan_unroll=0).as_text()
     return {
         kind: [line for line in text.splitlines() if f" {kind}(" in line]
         for kind in ("scatter", "sort")
     }
 
 
+def guard(gpu: str) -> dict[str, int]:
+    """Peak bytes of a step that may be skipped, and of one that always counts."""
+    guarded = peak_bytes_of(small_step(gpu))
+    step.choose = lambda good, taken, skipped: taken
+    return {"guarded": guarded, "always": peak_bytes_of(small_step(gpu))}
+
+
 if __name__ == "__main__":
     what, gpu, dump = sys.argv[1:]
-    functions = {"loss": loss, "remat": remat, "attention": attention, "embedding": embedding}
+    functions = {"loss": loss, "remat": remat, "attention": attention, "embedding": embedding,
+                 "guard": guard}  # fmt: skip
     functions["kernels"] = functools.partial(kernels, dump=pathlib.Path(dump))
     print(json.dumps(functions[what](gpu)))

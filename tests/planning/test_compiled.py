@@ -66,3 +66,8 @@ def test_the_embeddings_gradient_needs_no_atomics(tmp_path):
     found = compiled("embedding", "h200", tmp_path, flag)
     assert found["scatter"] and all("unique_indices=true" in line for line in found["scatter"])
     assert found["sort"] and all("[16384]" in line for line in found["sort"])
+
+
+def test_a_step_that_may_be_skipped_needs_no_more_memory(tmp_path):
+    found = compiled("guard", "a100-40g", tmp_path)
+    assert found["guarded"] < 1.001 * found["always"]

@@ -45,8 +45,9 @@ class Guard:
     @classmethod
     def fresh(cls) -> Guard:
         """Before the first step."""
-        zero, none = jnp.float32(0), jnp.int32(0)
-        return cls(none, zero, zero, zero, zero, none, none)
+        # Buffers of their own, each of which a step may be given to overwrite.
+        zeros = [jnp.zeros((), jnp.float32) for _ in range(4)]
+        return cls(jnp.int32(0), *zeros, jnp.int32(0), jnp.int32(0))
 
 
 def judge(
