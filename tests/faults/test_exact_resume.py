@@ -1,114 +1,40 @@
-"""Real training processes, killed and started again: what they compute is what one process would.
-
-Each run is `python -m tinyllama_jax.train` on tiny_debug's model, 40 steps with a save every 5. The
-processes share a compilation cache, as restarts on one machine may, so that a test takes seconds.
-"""
+"""Training processes, killed and started again: what they compute is what one would."""
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 import time
 
-import jax
 import pytest
 
-from tinyllama_jax.data.embedded import library_root
-from tinyllama_jax.model.llama import Llama
-from tinyllama_jax.runs.checkpoint import Checkpointer
-from tinyllama_jax.runs.directory import read_config
-from tinyllama_jax.training.optimizer import make_optimizer
-from tinyllama_jax.training.step import init_state
+from tests.faults.trainer import SAVE_EVERY, STEPS, last_step, log_of, logged, saved
 
-ROOT = pathlib.Path(__file__).parents[2]
-STEPS, SAVE_EVERY = 40, 5
-STALL = "checkpoint_stall_seconds"  # in the line after a save
-TIMING = {"tokens_per_second", "step_seconds", "data_wait_seconds"}
 MIDDLE_OF_A_SAVE = "the middle of a save"
 
 
-class Trainer:
-    """Starts training processes that share prepared data and compiled programs."""
+def kill(trainer, run_dir: pathlib.Path, moment: int | str) -> None:
+    """Trains until a step is logged, or until a save is on its way, and no further."""
+    left = unsealed(run_dir)
+    (process,) = trainer.start(run_dir).processes
+    while process.poll() is None:
+        saving = moment == MIDDLE_OF_A_SAVE and unsealed(run_dir) - left
+        if saving or (moment != MIDDLE_OF_A_SAVE and last_step(run_dir) >= moment):
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.001)
+    assert process.returncode == -signal.SIGKILL, log_of(run_dir).read_text()
 
-    def __init__(self, directory: pathlib.Path):
-        self.directory = directory
-        settings = {
-            "model.num_layers": 1,  # compiles sooner
-            "data.prepared": directory / "prepared",
-            "training.train_tokens": STEPS * 512,
-            "checkpoint.every_steps": SAVE_EVERY,
-            "evaluation.every_steps": 15,
-            "logging.tensorboard": "false",
-            "sampling.max_new_tokens": 4,
-        }
-        # Two packages of the standard library: enough for 40 steps, and prepared within a second.
-        for source, package in (("code", "asyncio"), ("text", "email")):
-            settings |= {
-                f"data.sources.{source}.format": "text",
-                f"data.sources.{source}.path": library_root() / package / "*.py",
-                f"data.sources.{source}.validation_fraction": 0.1,
-            }
-        self.flags = [f"--config.{name}={value}" for name, value in settings.items()]
-        self.environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
 
-    def start(self, run_dir: pathlib.Path) -> subprocess.Popen:
-        """A process that trains in `run_dir`, or goes on there; its output goes to `<run>.log`."""
-        command = [sys.executable, "-m", "tinyllama_jax.train", "--config=configs/tiny_debug.py"]
-        with open(log_of(run_dir), "ab") as log:
-            return subprocess.Popen(
-                [*command, f"--workdir={run_dir}", *self.flags],
-                cwd=ROOT, env=self.environment, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-
-    def finish(self, run_dir: pathlib.Path) -> str:
-        """Trains to the end, and returns what this process printed."""
-        before = len(log_of(run_dir).read_text()) if log_of(run_dir).exists() else 0
-        code = self.start(run_dir).wait(timeout=120)
-        output = log_of(run_dir).read_text()[before:]
-        assert code == 0, output
-        return output
-
-    def kill(self, run_dir: pathlib.Path, moment: int | str) -> None:
-        """Trains until a step is logged, or until a save is on its way, and no further."""
+def kill_within_a_save(trainer, run_dir: pathlib.Path) -> None:
+    """Kills at the next save, and the next, until one is truly cut off."""
+    for _ in range(4):
         left = unsealed(run_dir)
-        process = self.start(run_dir)
-        while process.poll() is None:
-            saving = moment == MIDDLE_OF_A_SAVE and unsealed(run_dir) - left
-            if saving or (moment != MIDDLE_OF_A_SAVE and last_step(run_dir) >= moment):
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.001)
-        assert process.returncode == -signal.SIGKILL, log_of(run_dir).read_text()
-
-    def kill_within_a_save(self, run_dir: pathlib.Path) -> None:
-        """Kills at the next save, and the next, until one is truly cut off."""
-        for _ in range(4):
-            left = unsealed(run_dir)
-            self.kill(run_dir, MIDDLE_OF_A_SAVE)
-            if unsealed(run_dir) - left:
-                return
-        pytest.fail("four kills came too late for the save that they were meant for")
-
-
-def log_of(run_dir: pathlib.Path) -> pathlib.Path:
-    return run_dir.with_name(f"{run_dir.name}.log")
-
-
-def last_step(run_dir: pathlib.Path) -> int:
-    try:
-        lines = (run_dir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return 0
-    return json.loads(lines[-1])["step"] if lines else 0
+        kill(trainer, run_dir, MIDDLE_OF_A_SAVE)
+        if unsealed(run_dir) - left:
+            return
+    pytest.fail("four kills came too late for the save that they were meant for")
 
 
 def unsealed(run_dir: pathlib.Path) -> set[tuple[str, int]]:
@@ -120,44 +46,6 @@ def unsealed(run_dir: pathlib.Path) -> set[tuple[str, int]]:
     return found
 
 
-def logged(run_dir: pathlib.Path) -> list[dict[str, str]]:
-    """What was logged but for timing, every number as it is written."""
-    records = [
-        json.loads(line, parse_float=str, parse_int=str)
-        for line in (run_dir / "metrics.jsonl").read_text().splitlines()
-    ]
-    return [{k: v for k, v in record.items() if k not in TIMING | {STALL}} for record in records]
-
-
-def saved(run_dir: pathlib.Path) -> dict[int, list[bytes]]:
-    """The bytes of every array of every checkpoint: params, moments and step."""
-    config = read_config(run_dir)
-    model, optimizer = Llama(config.model), make_optimizer(config.optimizer)
-    abstract = jax.eval_shape(lambda: init_state(model, optimizer, 0))
-    with Checkpointer(run_dir, config.checkpoint, 512) as checkpoints:
-        states = {step: checkpoints.restore(abstract, step).state for step in checkpoints.steps()}
-    return {
-        step: [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(state))]
-        for step, state in states.items()
-    }
-
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    return Trainer(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(trainer):
-    run_dir = trainer.directory / "uninterrupted"
-    trainer.finish(run_dir)
-    assert [r["step"] for r in logged(run_dir) if "loss" in r] == [
-        str(step) for step in range(1, STEPS + 1)
-    ]
-    assert saved(run_dir).keys() == {STEPS - SAVE_EVERY, STEPS}
-    return run_dir
-
-
 def assert_same_run(run_dir, uninterrupted):
     assert logged(run_dir) == logged(uninterrupted)
     assert saved(run_dir) == saved(uninterrupted)
@@ -166,9 +54,9 @@ def assert_same_run(run_dir, uninterrupted):
 def kill_repeatedly(trainer, run_dir, moments):
     for moment in moments:
         if moment == MIDDLE_OF_A_SAVE:
-            trainer.kill_within_a_save(run_dir)
+            kill_within_a_save(trainer, run_dir)
         else:
-            trainer.kill(run_dir, moment)
+            kill(trainer, run_dir, moment)
         print(f"{run_dir.name}: killed at {moment}, after step {last_step(run_dir)} was logged")
 
 

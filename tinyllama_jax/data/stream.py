@@ -46,6 +46,9 @@ class Document:
     start: int  # offset of its first id in the stream
     tokens: int  # boundary tokens included
 
+    def __str__(self) -> str:
+        return f"{self.source}: {self.input_file}, record {self.record}"
+
 
 class ShardReaders:
     """Open shards and pages read from them, least recently used first to go; thread-safe.

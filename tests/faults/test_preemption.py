@@ -1,0 +1,48 @@
+"""A process that is asked to end saves its step, exits with 75, and the next start goes on."""
+
+import signal
+import time
+
+import pytest
+
+from tests.faults.trainer import STEPS, last_step, logged, saved
+
+PAIR = {"processes": 2, "devices": 2}
+ONE_ROW = "--config.training.micro_batch_size=1"
+
+
+def preempt(trainer, run_dir, number, step, which=0, flags=(), **options):
+    """Signals one process once a step is logged; returns the step that all saved."""
+    run = trainer.start(run_dir, *flags, **options)
+    run.until_step(step)
+    began = time.monotonic()
+    run.processes[which].send_signal(number)
+    codes = run.wait()
+    assert time.monotonic() - began < 30
+    assert set(codes) == {75}, (codes, run.printed())
+    newest = max(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+    assert f"asked to end at step {newest}; start the same command again" in run.printed()
+    # Nothing that was logged is lost, and the step that was under way is kept too.
+    assert last_step(run_dir) == newest >= step
+    assert (run_dir / f"checkpoints/{newest}/integrity.json").exists()
+    assert not (run_dir / "LOCK").exists()
+    return newest
+
+
+def test_one_process_saves_and_exits_with_75(trainer, uninterrupted):
+    run_dir = trainer.directory / "preempted"
+    for number, step in ((signal.SIGTERM, 7), (signal.SIGUSR1, 21)):
+        newest = preempt(trainer, run_dir, number, step)
+    assert f"resumed from step {newest}\n" in trainer.finish(run_dir)
+    assert logged(run_dir) == logged(uninterrupted)
+    assert saved(run_dir)[STEPS] == saved(uninterrupted)[STEPS]
+
+
+@pytest.mark.slow
+def test_all_processes_save_the_same_step_whichever_was_asked(trainer, pair):
+    run_dir = trainer.directory / "preempted pair"
+    preempt(trainer, run_dir, signal.SIGTERM, 7, which=1, flags=[ONE_ROW], **PAIR)
+    newest = preempt(trainer, run_dir, signal.SIGUSR1, 21, which=0, flags=[ONE_ROW], **PAIR)
+    assert f"resumed from step {newest}\n" in trainer.finish(run_dir, ONE_ROW, **PAIR)
+    assert logged(run_dir) == logged(pair)
+    assert saved(run_dir)[STEPS] == saved(pair)[STEPS]
