@@ -65,7 +65,8 @@ def main(argv: list[str]) -> None:
     best = report.ranked(tried)[0]
     if best.fits:
         change = "" if plan.fits else f" {best.change}"
-        print(f"\nnext: python -m tinyllama_jax.train {door.settings_given()}{change}")
+        memory = f"{report.MORE_MEMORY} " if report.needs_more_memory(best) else ""
+        print(f"\nnext: {memory}python -m tinyllama_jax.train {door.settings_given()}{change}")
     else:
         print("\nnone of them fits: plan more GPUs, or others")
 
@@ -114,6 +115,9 @@ def _search(config: Config, cluster, shape: tuple[int, int, int]) -> list:
     for remat, unroll in _REMATS:
         attempt(remat=remat, scan_unroll=unroll)
     attempt(rows=2 * rows)
+    if rows > 1:
+        attempt(rows=rows // 2)
+        attempt(rows=rows // 2, remat="dots", scan_unroll=0)
     shapes = []
     if cluster.gpus_per_host % tensor == 0:  # parts within a machine, copies over machines
         shapes.append((cluster.hosts, cluster.gpus_per_host // tensor, tensor))
@@ -121,9 +125,11 @@ def _search(config: Config, cluster, shape: tuple[int, int, int]) -> list:
         shapes += [(2 * data, fsdp // 2, tensor), (data, fsdp // 2, 2 * tensor)]
     for other in dict.fromkeys(shapes):
         attempt(other)
+    full = rows
     while rows > 1 and not any(plan.fits for plan in tried):
         rows //= 2
-        for remat, unroll in _REMATS:
+        # Of half the rows the two fastest were tried already.
+        for remat, unroll in _REMATS if 2 * rows < full else _REMATS[2:]:
             attempt(rows=rows, remat=remat, scan_unroll=unroll)
     return tried
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -140,3 +141,33 @@ def test_the_decode_bound():
     model = PRESETS["tinyllama_1b"]
     assert decode._bound(model, 1, 512, 2, 4.8e12) == pytest.approx(2307, rel=0.01)
     assert decode._bound(model, 256, 512, 2, 4.8e12) == pytest.approx(245_000, rel=0.01)
+
+
+def test_the_check_of_decoding_holds_no_params_of_its_own():
+    """Params as constants of a program take minutes and many times their size to compile."""
+    llama = decode.Llama(PRESETS["tiny_debug"])
+    params = jax.eval_shape(llama.init, jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((2, 14), jnp.int32)
+    text = decode._largest_shortfall.lower(llama, params, ids, 5).as_text()
+    assert len(text) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--rounds", "0"], "--rounds=0 must be at least 1"),
+        (["decode", "--new-tokens", "0"], "--new-tokens=0 must be at least 1"),
+        (["decode", "--prompt-tokens", "0"], "--prompt-tokens=0 must be at least 1"),
+        (["loss", "--seq-len", "-3"], "--seq-len=-3 must be at least 0"),
+        (["attention", "--json", "/nonexistent/x.json"], "no such folder"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_measured(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bench.main(arguments)
+
+
+def test_others_that_are_not_installed_are_told_before(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--against=hf needs torch, which is not installed"):
+        bench.main(["train", "--against", "hf"])

@@ -7,7 +7,7 @@ import pytest
 
 from tinyllama_jax import bench
 from tinyllama_jax.benchmarks import train
-from tinyllama_jax.benchmarks.rounds import Timing, interleave, ratio
+from tinyllama_jax.benchmarks.rounds import Timing, attempt, interleave, ratio
 from tinyllama_jax.model.presets import PRESETS
 
 ARGUMENTS = ["train", "--preset", "tiny_debug", "--rows", "2", "--seq-len", "16", "--rounds", "2"]
@@ -71,3 +71,14 @@ def test_work_is_waited_for_once_a_turn():
     interleave({"a": lambda: events.append("call")}, rounds=2, calls=3,
                wait=lambda result: events.append("wait"))  # fmt: skip
     assert events == (["call"] * 3 + ["wait"]) * 2
+
+
+def test_whatever_a_contender_raises():
+    for error in (ValueError("q_seq_len must be a multiple of 128"), KeyError("x"), OSError(12)):
+        absent = {}
+
+        def fail(error=error):
+            raise error
+
+        assert attempt("other", fail, absent) is None
+        assert absent["other"].startswith(type(error).__name__)

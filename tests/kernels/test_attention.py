@@ -257,7 +257,9 @@ def test_auto_by_device():
         (gpu, "bfloat16", 64, False): "cudnn",
         (gpu, "bfloat16", 64, True): "flash",
         (gpu, "float32", 64, False): "flash",
-        (gpu, "bfloat16", 80, False): "reference",
+        (gpu, "bfloat16", 80, False): "cudnn",
+        (gpu, "bfloat16", 80, True): "reference",
+        (gpu, "float32", 80, False): "reference",
         (dataclasses.replace(gpu, compute_capability=(7, 5)), "bfloat16", 64, False): "reference",
         (target.Target("tpu"), "bfloat16", 64, False): "reference",
     }

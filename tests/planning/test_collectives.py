@@ -23,6 +23,8 @@ HloModule m
 ENTRY %main (p: f32[8]) -> f32[64] {
   %w = (s32[], f32[8,4]) while(%t), condition=%cond, body=%body.2, backend_config={"known_trip_count":{"n":"22"}}
   %d = f32[64]{0} all-gather-done(%g)
+  %r2 = (bf16[16]{0}, bf16[4]{0}) all-reduce-start(%p, %q), channel_id=8, replica_groups={}, to_apply=%region_0.1
+  %r3 = ((bf16[32]{0}), bf16[32]{0}) all-reduce-start(%p), channel_id=9, replica_groups={}, to_apply=%region_0.1
   ROOT %g = (f32[8]{0}, f32[64]{0}) all-gather-start(f32[8]{0} %p), channel_id=3, replica_groups={}, dimensions={0}
 }
 """
@@ -32,6 +34,8 @@ def test_collectives_are_found_with_their_loops_and_groups():
     assert sorted(collectives(TEXT)) == [
         Collective("all-gather", 8, 24, in_loop=True, times=22, group=(0, 8)),
         Collective("all-gather", 64, 256, in_loop=False),
+        Collective("all-reduce", 16, 40, in_loop=False),
+        Collective("all-reduce", 32, 64, in_loop=False),  # as jax 0.11 writes it
         Collective("all-reduce", 32, 68, in_loop=True, times=22, group=tuple(range(8))),
         Collective("reduce-scatter", 32, 128, in_loop=True, times=66, group=(0, 1)),
     ]

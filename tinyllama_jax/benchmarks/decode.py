@@ -7,6 +7,7 @@ must be the likeliest, or within rounding of it, after all tokens before it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -99,14 +100,19 @@ def compare(
 def _shortfall(llama: Llama, params: Params, prompts: np.ndarray, tokens: np.ndarray) -> float:
     """By how many standard deviations of its logits a chosen token is below the best, at most."""
 
-    @jax.jit
-    def run(ids: jax.Array) -> jax.Array:
-        hidden, _ = llama.apply(params, ids[:, :-1])
-        logits = llama.logits(params, hidden[:, prompts.shape[1] - 1 :])
-        chosen = jnp.take_along_axis(logits, ids[:, prompts.shape[1] :, None], axis=-1)[..., 0]
-        return jnp.max((logits.max(axis=-1) - chosen) / logits.std(axis=-1))
+    ids = jnp.asarray(np.concatenate([prompts, tokens], axis=1), jnp.int32)
+    formula = Llama(dataclasses.replace(llama.config, attention="reference"))
+    return float(_largest_shortfall(formula, params, ids, prompts.shape[1]))
 
-    return float(run(jnp.asarray(np.concatenate([prompts, tokens], axis=1), jnp.int32)))
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _largest_shortfall(
+    llama: Llama, params: Params, ids: jax.Array, prompt_tokens: int
+) -> jax.Array:
+    hidden, _ = llama.apply(params, ids)
+    logits = llama.logits(params, hidden[:, prompt_tokens - 1 : -1])
+    chosen = jnp.take_along_axis(logits, ids[:, prompt_tokens:, None], axis=-1)[..., 0]
+    return jnp.max((logits.max(axis=-1) - chosen) / logits.std(axis=-1))
 
 
 def _bound(model: ModelConfig, rows: int, context: float, itemsize: int, bandwidth: float) -> float:

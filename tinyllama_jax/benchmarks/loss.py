@@ -74,7 +74,9 @@ def _compare(
             contenders[name] = functools.partial(compiled, *arrays)
             peak_bytes[name] = peak_bytes_of(compiled)
     if against_torch:
-        contenders["torch"] = _in_torch(arrays)
+        in_torch = attempt("torch", functools.partial(_in_torch, arrays), absent)
+        if in_torch is not None:
+            contenders["torch"] = in_torch
     differences = {}
     for name, call in list(contenders.items()):
         called = functools.partial(_called, call)

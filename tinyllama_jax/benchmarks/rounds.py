@@ -69,13 +69,14 @@ def attempt(name: str, run: Callable[[], Result], absent: dict[str, str]) -> Res
     """
     try:
         return run()
-    except (RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # each library has its own for a shape that it does not cover
         reason = str(error).strip().splitlines() or [""]
         absent[name] = f"{type(error).__name__}: {reason[0][:200]}"
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
+    # Out of the handler, which holds on to what the contender had made.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def ratio(ours: Timing, other: Timing) -> float:

@@ -118,7 +118,8 @@ def compare(
     absent: dict[str, str] = {}
     peak_bytes: dict[str, int | None] = {OURS: ours.peak_bytes}
     if against_torch:
-        for name, step in _torch_steps(config, weights, ids, compiled=compiled).items():
+        make = functools.partial(_torch_steps, config, weights, ids, compiled=compiled)
+        for name, step in (attempt("torch", make, absent) or {}).items():
             warm_up = functools.partial(_warm_up, step)
             found = attempt(name, functools.partial(with_torch_peak_bytes, warm_up), absent)
             if found is not None:

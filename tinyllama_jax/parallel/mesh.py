@@ -47,8 +47,8 @@ def shape_of(settings: MeshConfig, device_count: int) -> tuple[int, int, int]:
     if device_count % known or (not rest and known != device_count):
         raise ValueError(
             f"{written}: a mesh of {'a multiple of ' * bool(rest)}{known} devices, but there are "
-            f"{device_count}, and all are to work; set one axis to -1, or hide some (with "
-            f"CUDA_VISIBLE_DEVICES)"
+            f"{device_count}, and all are to work; set one axis to -1, or give the run "
+            f"another number of devices"
         )
     data, fsdp, tensor = (device_count // known if size == -1 else size for size in asked.values())
     return data, fsdp, tensor

@@ -107,7 +107,8 @@ def _elements_and_bytes(made: re.Match[str]) -> tuple[int, int]:
     """Of the largest array, and of all operands or all results together."""
     results, operands = _sizes(made[1]), _sizes(_operands(made))
     sides = [operands, results]
-    if made[3] and made[2] != "all-reduce":  # an asynchronous start gives operands and results
+    # An asynchronous start gives operands and results; an all-reduce's only since jax 0.11, nested.
+    if made[3] and (made[2] != "all-reduce" or made[1].startswith("((")):
         half = len(results) // 2
         sides = [operands, results[:half], results[half:]]
     elements = max((n for n, _ in results + operands), default=0)

@@ -16,6 +16,7 @@ from tinyllama_jax.training import flops
 
 _GIB = 1 << 30
 _BAR = 40
+MORE_MEMORY = "XLA_CLIENT_MEM_FRACTION=0.97"  # the setting that lets jax take nearly all
 _DEFAULT_FRACTION = 0.75  # of a card's memory that jax's allocator takes
 
 
@@ -138,15 +139,21 @@ def memory_lines(plan: Plan) -> list[str]:
     if plan.compiled.recomputed_products:
         lines.append(
             f"to get there XLA computes {plan.compiled.recomputed_products} matrix products twice, "
-            f"which the times below leave out; model.remat=dots needs none of that"
+            f"which the times leave out"
+            + ("; see what model.remat=dots needs" if plan.config.model.remat == "none" else "")
         )
-    share = plan.compiled.peak_bytes / plan.cluster.gpu.memory_bytes
-    if plan.fits and share > _DEFAULT_FRACTION:
+    if needs_more_memory(plan):
         lines.append(
             f"jax takes {_DEFAULT_FRACTION:.0%} of a card unless told otherwise: run with "
-            f"XLA_CLIENT_MEM_FRACTION=0.97"
+            f"{MORE_MEMORY}"
         )
     return lines
+
+
+def needs_more_memory(plan: Plan) -> bool:
+    """Whether it fits, but not into what jax takes of a card by default."""
+    share = plan.compiled.peak_bytes / plan.cluster.gpu.memory_bytes
+    return plan.fits and share > _DEFAULT_FRACTION
 
 
 def text(plan: Plan, price: float, compared: list[Comparison]) -> str:

@@ -46,8 +46,11 @@ class Guard:
     def fresh(cls) -> Guard:
         """Before the first step."""
         # Buffers of their own, each of which a step may be given to overwrite.
-        zeros = [jnp.zeros((), jnp.float32) for _ in range(4)]
-        return cls(jnp.int32(0), *zeros, jnp.int32(0), jnp.int32(0))
+        counts = {"taken", "skipped", "in_a_row"}
+        return cls(**{
+            field.name: jnp.zeros((), jnp.int32 if field.name in counts else jnp.float32)
+            for field in dataclasses.fields(cls)
+        })  # fmt: skip
 
 
 def judge(

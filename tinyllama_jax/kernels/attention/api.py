@@ -119,13 +119,15 @@ def resolve(dtype: Any, head_dim: int, seq_len: int, has_segments: bool) -> str:
     """What "auto" stands for in a causal training pass.
 
     On CPU `folded`. On GPUs since Ampere `cudnn`, or `flash` for what that does not cover:
-    segments, float32 and odd lengths. Elsewhere, and for head widths that a kernel has no form for,
+    segments, float32 and odd lengths. Elsewhere, and for head widths that neither has a form for,
     `reference`.
     """
     here = target.current()
     if here.platform == "cpu":
         return "folded"
-    if here.compute_capability < (8, 0) or head_dim not in flash.HEAD_DIMS:
+    if here.compute_capability < (8, 0):
         return "reference"
     covered = str(dtype) in cudnn.DTYPES and seq_len % 2 == 0 and not has_segments
-    return "cudnn" if covered else "flash"
+    if covered and cudnn.covers_width(head_dim):
+        return "cudnn"
+    return "flash" if head_dim in flash.HEAD_DIMS else "reference"
