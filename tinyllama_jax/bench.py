@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -66,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.against:
         # torch needs memory of the same device
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        _require_torch(arguments.against)
+        from tinyllama_jax.benchmarks.torch_llama import require_torch
+
+        require_torch(arguments.against)
     figures = what[arguments.command](arguments)
     for name, reason in figures.get("absent", {}).items():
         print(f"{name} is absent: {reason}")
@@ -83,23 +84,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}={value} must be at least {least}")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise ValueError(f"--json={arguments.json}: there is no such folder; make it first")
-
-
-def _require_torch(against: str) -> None:
-    """Raises ValueError where there is no torch to compare with, or none for the same device."""
-    for package in ("torch", "transformers")[: 2 if against == "hf" else 1]:
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"--against={against} needs {package}, which is not installed; run "
-                f"pip install -e '.[parity]', or leave --against out"
-            )
-    import torch
-
-    if _on_gpu() and not torch.cuda.is_available():
-        raise ValueError(
-            f"jax runs on a GPU here but torch {torch.__version__} has none: a comparison would "
-            f"mean nothing; install torch for CUDA, or leave --against out"
-        )
 
 
 def _add_batch(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
-"""Looks at this machine and at a run's settings before anything compiles.
+"""Looks at this machine and at a run's settings before anything compiles; or at what a run did.
 
 python -m tinyllama_jax.doctor [--config=configs/quickstart.py] [--workdir=RUN]
     [--config.SECTION.SETTING=VALUE ...]
+python -m tinyllama_jax.doctor RUN
 """
 
 from __future__ import annotations
@@ -22,11 +23,18 @@ _MARKS = {"ok": " ok ", "warning": "WARN", "problem": "FAIL"}
 
 
 def main(argv: list[str]) -> None:
-    from tinyllama_jax.training import preflight
+    from tinyllama_jax.runs.directory import resolve_run
+    from tinyllama_jax.training import diagnosis, preflight
 
-    findings = preflight.examine_machine()
-    if _CONFIG.value is not None:
-        findings += preflight.examine(freeze(_CONFIG.value), pathlib.Path(_WORKDIR.value))
+    if len(argv) > 2:
+        raise ValueError(f"{argv[1:]}: one run directory at a time")
+    if len(argv) == 2:
+        run_dir = resolve_run(argv[1])
+        findings = diagnosis.examine_run(run_dir)
+    else:
+        findings = preflight.examine_machine()
+        if _CONFIG.value is not None:
+            findings += preflight.examine(freeze(_CONFIG.value), pathlib.Path(_WORKDIR.value))
     for finding in findings:
         print(f"[{_MARKS[finding.level]}] {finding.subject}: {finding.text}")
     problems = sum(finding.level == "problem" for finding in findings)
@@ -34,6 +42,9 @@ def main(argv: list[str]) -> None:
     print(f"\nproblems: {problems}, warnings: {warnings}")
     if problems:
         sys.exit(1)
+    if len(argv) == 2:
+        print(f"next: python -m tinyllama_jax.plot {run_dir}")
+        return
     settings = "--config=configs/quickstart.py"
     if _CONFIG.value is not None:
         settings = door.settings_given()

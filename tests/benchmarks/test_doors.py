@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tinyllama_jax import bench
-from tinyllama_jax.benchmarks import attention, decode, loss
+from tinyllama_jax.benchmarks import attention, decode, loss, torch_llama
 from tinyllama_jax.model.presets import PRESETS
 
 
@@ -168,6 +168,6 @@ def test_a_mistake_is_told_before_anything_is_measured(arguments, message):
 
 
 def test_others_that_are_not_installed_are_told_before(monkeypatch):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch_llama.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--against=hf needs torch, which is not installed"):
         bench.main(["train", "--against", "hf"])

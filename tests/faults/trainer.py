@@ -24,7 +24,7 @@ from tinyllama_jax.training.step import init_state
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 40, 5
 STALL = "checkpoint_stall_seconds"  # in the line after a save
-TIMING = {"tokens_per_second", "step_seconds", "data_wait_seconds"}
+TIMING = {"tokens_per_second", "step_seconds", "data_wait_seconds", "time"}
 
 
 class Trainer:

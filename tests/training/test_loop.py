@@ -50,7 +50,7 @@ CONFIG = Config(
     logging=LoggingConfig(every_steps=1, tensorboard=False),
 )  # fmt: skip
 STALL = "checkpoint_stall_seconds"  # in the line after a save
-TIMING = {"tokens_per_second", "step_seconds", "data_wait_seconds"}
+TIMING = {"tokens_per_second", "step_seconds", "data_wait_seconds", "time"}
 TRAINING_FIELDS = {
     "step",
     "tokens_seen",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
+
+import jax
 
 from tinyllama_jax.config import ModelConfig
 from tinyllama_jax.conversion.names import entries
@@ -37,3 +40,20 @@ def torch_llama(model: ModelConfig, weights: dict[str, Any]) -> Any:
         tensors[entry.name] = torch.from_numpy(entry.take(leaf, model).copy())
     llama.load_state_dict(tensors, strict=not model.tie_embeddings)
     return llama
+
+
+def require_torch(against: str) -> None:
+    """Raises ValueError where there is no torch to compare with, or none for the same device."""
+    for package in ("torch", "transformers")[: 2 if against == "hf" else 1]:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"--against={against} needs {package}, which is not installed; run "
+                f"pip install -e '.[parity]', or leave --against out"
+            )
+    import torch
+
+    if jax.default_backend() == "gpu" and not torch.cuda.is_available():
+        raise ValueError(
+            f"jax runs on a GPU here but torch {torch.__version__} has none: a comparison would "
+            f"mean nothing; install torch for CUDA, or leave --against out"
+        )

@@ -157,6 +157,16 @@ class RunLock:
                     os.utime(self._path)
 
 
+def holder_of(run_dir: Path) -> str:
+    """Who writes to a run, as a reader can tell; "" where nobody does, or a process that ended."""
+    holder = _read(Path(run_dir) / LOCK)
+    if holder is None:
+        return ""
+    if holder["machine"] == _machine() and not _is_running(holder["pid"], holder["process_start"]):
+        return ""
+    return _described(holder)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """The holder's entry; None if there is no LOCK. One that is no entry reads as a dead holder."""
     try:

@@ -65,6 +65,7 @@ class StepTimer:
             "tokens_per_second": tokens_per_second,
             "step_seconds": step_seconds,
             "data_wait_seconds": self._data_wait / self._steps,
+            "time": time.time(),
         }
         result |= {name: f * tokens_per_second for name, f in self._flops_per_token.items()}
         if self._stall is not None:  # in the line after the save

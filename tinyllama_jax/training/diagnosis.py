@@ -1,0 +1,211 @@
+"""What happened to a run, read from its directory: starts, time lost, skipped steps, stalls."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tinyllama_jax.runs import integrity, steps
+from tinyllama_jax.runs.directory import ENVIRONMENT, read_config
+from tinyllama_jax.runs.lock import holder_of
+from tinyllama_jax.runs.metrics import DISCARDED, read_metrics
+from tinyllama_jax.runs.restore import CHECKPOINTS
+from tinyllama_jax.training.preflight import Finding
+from tinyllama_jax.training.watchdog import STACKS
+
+# A stretch slower than this share of the median speed is worth a word.
+_SLOW = 0.8
+
+
+def examine_run(run_dir: Path) -> list[Finding]:
+    """Looks at a run directory, while it is written to or afterwards.
+
+    Raises:
+      ValueError: it is none, or has logged nothing yet.
+    """
+    config = read_config(run_dir)
+    records = [record for record in read_metrics(run_dir) if "loss" in record]
+    if not records:
+        raise ValueError(f"{run_dir} has logged no training step yet")
+    given_up = _discarded(run_dir)
+    last = records[-1]["step"]
+    writer = holder_of(run_dir)
+    done = last >= config.total_steps
+    state = "finished" if done else "running" if writer else "stopped"
+    share = last / config.total_steps
+    findings = [
+        Finding("run", f"{state}; step {last:,} of {config.total_steps:,} ({share:.1%}), loss "
+                f"{records[-1]['loss']:.4f}" + (f"; {writer} writes to it" if writer else ""))
+    ]  # fmt: skip
+    findings += [_starts(run_dir, records, given_up), _goodput(run_dir, records, given_up)]
+    findings += [_speed(records), _data(records), _saves(records), _skipped(records, config)]
+    findings.append(_checkpoints(run_dir, last))
+    if (run_dir / STACKS).exists():
+        findings.append(
+            Finding("watchdog", f"steps stopped for watchdog.seconds; {run_dir / STACKS} shows "
+                    "what each thread was doing", "warning")
+        )  # fmt: skip
+    return findings
+
+
+def _starts(run_dir: Path, records: list[dict[str, Any]], given_up: list[dict]) -> Finding:
+    starts = _started(run_dir)
+    lost = _steps(given_up)
+    text = f"{len(starts)}"
+    if len(starts) > 1:
+        text += f", the last on {starts[-1]:%Y-%m-%d %H:%M:%S}"
+    return Finding("starts", text + (f"; {lost:,} steps were done again" if lost else ""))
+
+
+def _goodput(run_dir: Path, records: list[dict[str, Any]], given_up: list[dict]) -> Finding:
+    """What share of the time since the first start went into steps that count."""
+    starts = _started(run_dir)
+    timed = [record for record in records if "time" in record]
+    if not starts or not timed:
+        return Finding("time", "not known: the run does not tell when it was started")
+    total = timed[-1]["time"] - starts[0].timestamp()
+    counted, again = _seconds(records), _seconds(given_up)
+    saves = sum(record.get("checkpoint_stall_seconds", 0.0) for record in records)
+    rest = max(0.0, total - counted - again - saves)
+    goodput = counted / total if total > 0 else 0.0
+    return Finding(
+        "time", f"{_clock(total)} since the first start: {_clock(counted)} in steps that count "
+        f"({goodput:.1%}), {_clock(again)} in steps done again, {_clock(saves)} held up by saves, "
+        f"{_clock(rest)} in starting, compiling, evaluating and standing still",
+        "ok" if goodput > 0.5 or total < 3600 else "warning",
+    )  # fmt: skip
+
+
+def _speed(records: list[dict[str, Any]]) -> Finding:
+    speeds = [record["tokens_per_second"] for record in records]
+    usual = statistics.median(speeds)
+    slow = [record["step"] for record in records if record["tokens_per_second"] < _SLOW * usual]
+    text = f"{usual:,.0f} tokens/s in the median"
+    if not slow:
+        return Finding("speed", text)
+    every = records[-1]["step"] - records[-2]["step"] if len(records) > 1 else 1
+    ranges = _ranges(slow, every)
+    longest = sorted(ranges, key=lambda r: r[0] - r[1])[:3]
+    shown = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in longest)
+    return Finding(
+        "speed", f"{text}; slower than {_SLOW:.0%} of it at {len(slow)} of {len(records)} logged "
+        f"steps, the longest stretches at {shown}",
+        "warning" if len(slow) > len(records) / 20 else "ok",
+    )  # fmt: skip
+
+
+def _data(records: list[dict[str, Any]]) -> Finding:
+    share = statistics.median(r["data_wait_seconds"] / r["step_seconds"] for r in records)
+    text = f"a step waits {share:.1%} of its time for data"
+    if share > 0.05:
+        return Finding("data", f"{text}: the disk or the cores are too slow", "warning")
+    return Finding("data", text)
+
+
+def _saves(records: list[dict[str, Any]]) -> Finding:
+    stalls = [r["checkpoint_stall_seconds"] for r in records if "checkpoint_stall_seconds" in r]
+    if not stalls:
+        return Finding("saves", "none that a later step was logged after")
+    return Finding(
+        "saves", f"{len(stalls)}, which held training up for {statistics.median(stalls):.2f} s in "
+        f"the median and {max(stalls):.2f} s at most"
+    )  # fmt: skip
+
+
+def _skipped(records: list[dict[str, Any]], config) -> Finding:
+    grew = [
+        b["step"]
+        for a, b in itertools.pairwise([{"skipped_steps": 0}, *records])
+        if b.get("skipped_steps", 0) > a.get("skipped_steps", 0)
+    ]
+    left_out = f"; batches left out: {config.data.skip}" if config.data.skip else ""
+    if not grew:
+        return Finding("skipped", f"no step{left_out}")
+    count = records[-1]["skipped_steps"]
+    shown = ", ".join(map(str, grew[-6:]))
+    return Finding(
+        "skipped", f"{count} steps changed nothing, being out of the ordinary (last noticed at "
+        f"{shown}){left_out}",
+        "warning" if count > records[-1]["step"] / 100 else "ok",
+    )  # fmt: skip
+
+
+def _checkpoints(run_dir: Path, last: int) -> Finding:
+    directory = Path(run_dir).resolve() / CHECKPOINTS
+    damaged = []
+    for path in reversed(steps.step_directories(directory)):
+        try:
+            integrity.verify_files(path, integrity.read_seal(path))
+        except integrity.DamagedError as error:
+            damaged.append(f"step {path.name}: {error}")
+            continue
+        text = f"step {path.name} is the newest that is whole"
+        if damaged:
+            return Finding("checkpoints", f"{text}; damaged are {'; '.join(damaged)}", "warning")
+        return Finding("checkpoints", text)
+    if damaged:
+        return Finding("checkpoints", f"none is whole: {'; '.join(damaged)}", "problem")
+    return Finding("checkpoints", f"none yet; a start begins anew, and does {last} steps again")
+
+
+def _started(run_dir: Path) -> list[datetime]:
+    try:
+        entries = json.loads((Path(run_dir) / ENVIRONMENT).read_bytes())
+        return [datetime.strptime(entry["started"], "%Y-%m-%dT%H:%M:%S%z") for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _discarded(run_dir: Path) -> list[dict[str, Any]]:
+    path = Path(run_dir) / DISCARDED
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        if "loss" in record:
+            found.append(record)
+    return found
+
+
+def _steps(records: list[dict[str, Any]]) -> int:
+    """Steps that logged lines stand for; each stands for those since the one before."""
+    return sum(_gaps(records))
+
+
+def _seconds(records: list[dict[str, Any]]) -> float:
+    return sum(n * r["step_seconds"] for n, r in zip(_gaps(records), records, strict=True))
+
+
+def _gaps(records: list[dict[str, Any]]) -> list[int]:
+    numbers = [record["step"] for record in records]
+    if not numbers:
+        return []
+    steps_apart = [b - a for a, b in itertools.pairwise(numbers)]
+    usual = statistics.mode(steps_apart) if steps_apart else 1
+    first = min(numbers[0], usual)
+    # Where a restart stands between two lines (of the discarded ones), the usual distance.
+    return [first, *(gap if 0 < gap <= usual else usual for gap in steps_apart)]
+
+
+def _ranges(numbers: list[int], every: int) -> list[tuple[int, int]]:
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and number - ranges[-1][1] <= every:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number, number))
+    return ranges
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    text = f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{days} d {text}" if days else text
