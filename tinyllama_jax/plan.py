@@ -60,13 +60,15 @@ def main(argv: list[str]) -> None:
     if _HTML.value:
         pathlib.Path(_HTML.value).write_text(report.page(plan, tried, _PRICE.value, compared))
         print(f"\nwritten to {_HTML.value}")
-    if cluster.hosts > 1:
-        print("\ntrain itself does not start on several machines yet")
     best = report.ranked(tried)[0]
     if best.fits:
         change = "" if plan.fits else f" {best.change}"
         memory = f"{report.MORE_MEMORY} " if report.needs_more_memory(best) else ""
-        print(f"\nnext: {memory}python -m tinyllama_jax.train {door.settings_given()}{change}")
+        arguments = f"{door.settings_given()}{change}"
+        start = "python -m tinyllama_jax.train"
+        if cluster.hosts > 1:
+            start = "launch/multi_node.sh HOSTS"
+        print(f"\nnext: {memory}{start} {arguments}")
     else:
         print("\nnone of them fits: plan more GPUs, or others")
 
