@@ -1,6 +1,7 @@
 """Measures this package beside others, on this machine.
 
 python -m tinyllama_jax.bench attention|loss|train|decode [--against hf|torch] [--json FILE]
+python -m tinyllama_jax.bench resume [--preset NAME] [--directory DIR] [--json FILE]
 python -m tinyllama_jax.bench report      what was measured so far, as the README has it
 """
 
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import statistics
 import sys
 from typing import Any
 
@@ -50,9 +52,13 @@ def main(argv: list[str] | None = None) -> None:
     decode.add_argument("--new-tokens", type=int, default=64)
     decode.add_argument("--against", choices=["hf"], help="Hugging Face's generate too")
 
+    resume = commands.add_parser("resume", help="seconds to save, restore and take the first step")
+    _add_model(resume)
+    resume.add_argument("--directory", type=pathlib.Path, help="on the disk to be measured")
+
     commands.add_parser("report", help="the measured results in the repository, in Markdown")
-    for command in (attention, loss, train, decode):
-        command.add_argument("--rounds", type=int, default=10)
+    for command in (attention, loss, train, decode, resume):
+        command.add_argument("--rounds", type=int, default=3 if command is resume else 10)
         command.add_argument("--json", type=pathlib.Path, help="write the figures here too")
     arguments = parser.parse_args(argv)
     if arguments.command == "report":
@@ -60,9 +66,10 @@ def main(argv: list[str] | None = None) -> None:
 
         print(report.markdown(), end="")
         return
-    what = {"attention": _attention, "loss": _loss, "train": _train, "decode": _decode}
+    what = {"attention": _attention, "loss": _loss, "train": _train, "decode": _decode,
+            "resume": _resume}  # fmt: skip
     _check(arguments)
-    if arguments.against:
+    if getattr(arguments, "against", None):
         # torch needs memory of the same device
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         from tinyllama_jax.benchmarks.torch_llama import require_torch
@@ -263,6 +270,38 @@ def _decode(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _gibibytes(peak_bytes: int | None) -> str:
     return f"{'-' if peak_bytes is None else format(peak_bytes / 2**30, '.3f'):>10}"
+
+
+def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
+    import jax
+
+    from tinyllama_jax.benchmarks import resume
+    from tinyllama_jax.model.llama import parameter_count
+
+    asked = _model(arguments)
+    model = resume.fitted(asked)
+    if model != asked:
+        print(f"{asked.num_layers} layers do not fit into memory here; {model.num_layers} do")
+    rows = resume.measure(model, arguments.directory, rounds=arguments.rounds)
+    size = rows[0]["bytes"]
+    print(
+        f"a state of {size / 1e9:.3f} GB ({parameter_count(model):,} params, "
+        f"{model.num_layers} layers) over {jax.device_count()} devices, medians of {len(rows)}\n"
+    )
+    seconds = {
+        name: statistics.median(row[f"{name}_seconds"] for row in rows)
+        for name in ("stall", "save", "restore", "compile", "first_step")
+    }
+    says = {
+        "stall": "training is held up by a save",
+        "save": f"until it is sealed ({size / 1e9 / seconds['save']:.2f} GB/s)",
+        "restore": f"and verified ({size / 1e9 / seconds['restore']:.2f} GB/s)",
+        "compile": "the step",
+        "first_step": f"of {jax.device_count()} rows of 32 tokens",
+    }
+    for name, value in seconds.items():
+        print(f"{name.replace('_', ' '):<12}{value:>8.2f} s  {says[name]}")
+    return {"model": dataclasses.asdict(model), "rows": rows}
 
 
 def _write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:

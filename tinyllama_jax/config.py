@@ -133,6 +133,10 @@ class GuardConfig:
     # Standard deviations of the last steps' losses and gradient norms; 0: only what is not finite.
     sigmas: float = _free(6.0)
     max_consecutive: int = _free(10)  # steps skipped in a row that end the run
+    # Steps between checks that copies of the params are the same bits, and that the gradient is,
+    # computed twice; 0: never. On GPUs only a repeatable program can pass: model.attention=flash,
+    # and DETERMINISTIC=1 for the launchers.
+    verify_every_steps: int = _free(0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
     not_negative("checkpoint", config.checkpoint, "every_steps", "milestone_tokens")
     positive("checkpoint", config.checkpoint, "keep_last")
     positive("guard", config.guard, "max_consecutive")
-    not_negative("guard", config.guard, "sigmas")
+    not_negative("guard", config.guard, "sigmas", "verify_every_steps")
     not_negative("watchdog", config.watchdog, "seconds")
     positive("watchdog", config.watchdog, "peer_seconds")
     positive("logging", config.logging, "every_steps")

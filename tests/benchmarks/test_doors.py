@@ -171,3 +171,15 @@ def test_others_that_are_not_installed_are_told_before(monkeypatch):
     monkeypatch.setattr(torch_llama.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--against=hf needs torch, which is not installed"):
         bench.main(["train", "--against", "hf"])
+
+
+def test_resume(tmp_path, capsys):
+    figures = run(tmp_path, "resume", "--preset", "tiny_debug", "--directory", str(tmp_path))
+    assert len(figures["rows"]) == 2
+    for row in figures["rows"]:
+        assert row["bytes"] > 12 * 4096 * 64 * 2
+        assert 0 < row["stall_seconds"] < row["save_seconds"]
+        assert row["restore_seconds"] > 0 and row["first_step_seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "training is held up by a save" in printed and "GB/s" in printed
+    assert list(tmp_path.iterdir()) == [tmp_path / "figures.json"]  # nothing is left

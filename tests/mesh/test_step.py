@@ -16,3 +16,7 @@ def test_a_planted_fault_is_found(on_devices, fault, told):
     with pytest.raises(AssertionError) as found:
         on_devices("step_on_mesh", fault)
     assert "AssertionError" in str(found.value) and told in str(found.value)
+
+
+def test_a_flipped_bit_is_found_and_named(on_devices):
+    on_devices("corruption_on_mesh")

@@ -60,6 +60,7 @@ def _heading(content: dict[str, Any]) -> str:
         "loss": lambda: _sizes(content["size"]),
         "train": lambda: _sizes(content["size"]) + ", " + _model(content["model"]),
         "decode": lambda: _sizes(content["size"]) + ", " + _model(content["model"]),
+        "resume": lambda: _model(content["model"]),
     }[content["benchmark"]]()
     return f"`bench {content['benchmark']}` on {device}, jax {where['versions']['jax']}: {what}"
 
@@ -82,6 +83,12 @@ _COLUMNS = {
     "mfu_palm": "MFU PaLM",
     "share_of_bound": "of the bound",
     "peak_bytes": "peak GiB",
+    "bytes": "state",
+    "stall_seconds": "held up, s",
+    "save_seconds": "sealed after, s",
+    "restore_seconds": "restored, s",
+    "compile_seconds": "compiled, s",
+    "first_step_seconds": "first step, s",
     "ours_is_faster_by": "ours is faster by",
 }
 
@@ -99,6 +106,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _cell(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
+    if name == "bytes":
+        return f"{value / 1e9:.3f} GB"
     if name == "peak_bytes":
         return "-" if value is None else f"{value / 2**30:.3f}"
     if name in ("mfu_causal", "mfu_palm", "share_of_bound"):

@@ -22,6 +22,7 @@ from tinyllama_jax.runs.checkpoint import Checkpointer
 from tinyllama_jax.runs.directory import keep_skip
 from tinyllama_jax.runs.lock import RunLock
 from tinyllama_jax.runs.metrics import MetricsWriter, NoMetrics
+from tinyllama_jax.training.corruption import make_checks
 from tinyllama_jax.training.losses import LossFunction
 from tinyllama_jax.training.optimizer import make_optimizer
 from tinyllama_jax.training.preemption import Preempted, Preemption
@@ -162,6 +163,8 @@ def train(
                 timer.count_stall(stall)
                 progress.say(f"step {step}: saving held training up for {stall:.2f} s")
 
+            check = make_checks(model, loss_fn, config)
+
             if start == 0:
                 with timer.paused(), watchdog.paused():
                     evaluate(0, state, writer, progress)
@@ -170,6 +173,9 @@ def train(
             for step in range(start + 1, total_steps + 1):
                 with timer.waiting_for_data():
                     batch = rules.place_rows(next(batches), batch_rows)
+                if _is_due(step, config.guard.verify_every_steps):
+                    with timer.paused(), watchdog.paused():
+                        check(step, state.params, batch)
                 state, metrics = compiled_step(state, batch)
                 # One step is always queued behind the one that runs, so the device never waits
                 # for the host, and the host never runs further ahead.

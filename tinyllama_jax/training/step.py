@@ -80,7 +80,7 @@ def make_train_step(
         state: TrainState, batch: Batch, frozen: Params | None = None
     ) -> tuple[TrainState, Metrics]:
         rows = config.training.micro_batch_size * mesh.parts(mesh.BATCH)
-        grads, sums = _summed_gradients(model, loss_fn, state.params, batch, frozen, rows)
+        grads, sums = summed_gradients(model, loss_fn, state.params, batch, frozen, rows)
         grads = jax.tree.map(lambda g: g / sums.weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learning_rate = schedule(state.step)
@@ -117,7 +117,7 @@ def _laid_out(tree: Any) -> Any:
     return jax.tree.map(mesh.constrain, tree, rules.specs(tree))
 
 
-def _summed_gradients(
+def summed_gradients(
     model: Llama,
     loss_fn: LossFunction,
     params: Params,
