@@ -7,11 +7,10 @@
 # HOSTS is a file with a host per line; the first also coordinates. All see this directory, the run
 # directory and the prepared data under the same paths, and can be reached by ssh without a password.
 # What a process prints goes to LOGS/<number>.<host>.log (LOGS: logs by default). PORT (8476) must be
-# open on the first host. SIGTERM and SIGUSR1 are passed on: training saves, and this ends with 75.
+# open on the first host. SIGTERM, SIGUSR1 and Ctrl-C are passed on: training saves, and this ends
+# with 75.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-# shellcheck source=launch/restart.sh
-source launch/restart.sh
 
 if (($# < 1)) || [[ ! -f $1 ]]; then
     printf 'usage: launch/multi_node.sh HOSTS --config=FILE [...], HOSTS a file with a host per line\n' >&2
@@ -29,7 +28,6 @@ mkdir -p "$logs"
 logs=$(cd "$logs" && pwd)
 coordinator=${COORDINATOR:-${hosts[0]}}:${PORT:-8476}
 read -ra remote_shell <<< "${REMOTE_SHELL:-ssh -o BatchMode=yes}"
-asked=""
 
 # on NUMBER COMMAND: runs a shell command on that process's host.
 on() { "${remote_shell[@]}" "${hosts[$1]}" "$2" < /dev/null; }
@@ -42,20 +40,28 @@ signal_all() {
             on "$number" "kill -$1 \$(cat $(printf %q "$logs/$number.pid")) 2>/dev/null" &
     done
 }
+export TINYLLAMA_REWOUND=$logs/rewound
+rm -f "$TINYLLAMA_REWOUND"
+# shellcheck source=launch/restart.sh
+source launch/restart.sh
+# In place of the one that knows a single process on this machine.
 pass_on() {
     asked=$1
     # jax tells the others.
-    on 0 "kill -$1 \$(cat $(printf %q "$logs/0.pid"))" &
+    [[ -f $logs/0.pid ]] && on 0 "kill -$1 \$(cat $(printf %q "$logs/0.pid"))" &
 }
-trap 'pass_on TERM' TERM
-trap 'pass_on USR1' USR1
+# ssh hands no variables on.
+handed_on=""
+for name in $(compgen -e | grep -E '^(JAX|XLA|NCCL|TINYLLAMA|CUDA)_|^(DETERMINISTIC|TF_CPP_MIN_LOG_LEVEL)$'); do
+    handed_on+=" $name=$(printf %q "${!name}")"
+done
 
 # start: one process on each host; returns how the run ended.
 start() {
     local number command pids=() status worst=0 first_error=""
     rm -f "$logs"/*.pid
     for number in "${!hosts[@]}"; do
-        command="cd $(printf %q "$PWD") && source launch/environment.sh &&"
+        command="cd $(printf %q "$PWD") && export$handed_on && source launch/environment.sh &&"
         command+=" export JAX_COORDINATOR_ADDRESS=$coordinator JAX_NUM_PROCESSES=${#hosts[@]}"
         command+=" JAX_PROCESS_ID=$number && echo \$\$ > $(printf %q "$logs/$number.pid") &&"
         command+=" exec $(printf '%q ' "$python" -m tinyllama_jax.train "${arguments[@]}")"
@@ -71,7 +77,7 @@ start() {
             75) ((worst == 0)) && worst=75 ;;
             # 255: ssh itself; above 128: killed from outside, the machine's memory perhaps. The
             # others notice within watchdog.peer_seconds, and end with 76.
-            76 | 129 | 13? | 14? | 255) worst=76 ;;
+            76 | 134 | 135 | 137 | 139 | 143 | 255) worst=76 ;;
             *)
                 if [[ -z $first_error ]]; then
                     first_error=$status

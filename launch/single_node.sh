@@ -3,8 +3,8 @@
 #
 #   launch/single_node.sh --config=configs/tinyllama_1b.py --workdir=runs/tinyllama_1b [...]
 #
-# Arguments are those of python -m tinyllama_jax.train. SIGTERM and SIGUSR1 are passed on: training
-# saves, and this ends with 75.
+# Arguments are those of python -m tinyllama_jax.train. SIGTERM, SIGUSR1 and Ctrl-C are passed on:
+# training saves, and this ends with 75.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/environment.sh
@@ -13,17 +13,11 @@ source launch/environment.sh
 source launch/restart.sh
 
 python=$(command -v python || command -v python3) || exit
-asked="" child=""
-pass_on() {
-    asked=$1
-    [[ -n $child ]] && kill "-$1" "$child" 2> /dev/null
-}
-trap 'pass_on TERM' TERM
-trap 'pass_on USR1' USR1
 
 start() {
     "$python" -m tinyllama_jax.train "${arguments[@]}" &
     child=$!
+    [[ -n $asked ]] && kill "-$asked" "$child"
     local status=0
     wait_for "$child" || status=$?
     child=""

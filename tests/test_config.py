@@ -295,7 +295,7 @@ def test_what_a_resumed_run_may_change():
         for field in dataclasses.fields(getattr(TINY, section.name))
         if field.metadata.get("may_change")
     }
-    reporting = ("evaluation.", "checkpoint.", "logging.", "sampling.")
+    reporting = ("evaluation.", "checkpoint.", "logging.", "sampling.", "guard.", "watchdog.")
     assert {name for name in free if not name.startswith(reporting)} == {
         "model.compute_dtype", "model.attention", "model.remat", "model.scan_unroll",
         "data.prepared", "data.tokenizer", "training.micro_batch_size",

@@ -16,8 +16,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-# Fields that a resumed run may change: they move rounding, cost or what is printed, never the
-# mathematics of the run or the order of its data.
+# Fields that a resumed run may change: they move rounding, cost, what is printed or what a run is
+# protected from, never the mathematics of its steps or the order of its data.
 _MAY_CHANGE = types.MappingProxyType({"may_change": True})
 
 

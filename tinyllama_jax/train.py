@@ -13,12 +13,16 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
 from tinyllama_jax import door
 from tinyllama_jax.config import Config, freeze
+
+if TYPE_CHECKING:
+    from tinyllama_jax.training.preemption import Preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "The run directory; default: runs/<config name>.")
@@ -40,14 +44,15 @@ def main(argv: list[str]) -> None:
     import jax
 
     from tinyllama_jax.parallel import distributed
-    from tinyllama_jax.training.preemption import EXIT_CODE, Preempted
+    from tinyllama_jax.training.preemption import EXIT_CODE, Preempted, Preemption
 
     config = freeze(_CONFIG.value)
     config_file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     run_dir = pathlib.Path(_WORKDIR.value or f"runs/{config_file.stem}")
     with distributed.in_use(config.watchdog.peer_seconds):
         try:
-            _train(config, run_dir)
+            with Preemption() as preemption:
+                _train(config, run_dir, preemption)
         except Preempted as preempted:
             print(preempted, flush=True)
             sys.exit(EXIT_CODE)
@@ -60,7 +65,7 @@ def main(argv: list[str]) -> None:
     print(f'next: python -m tinyllama_jax.generate {run_dir} --prompt "Return the "')
 
 
-def _train(config: Config, run_dir: pathlib.Path) -> None:
+def _train(config: Config, run_dir: pathlib.Path, preemption: Preemption) -> None:
     """Everything between the first look at the settings and the picture of the loss."""
     import jax
 
@@ -93,16 +98,21 @@ def _train(config: Config, run_dir: pathlib.Path) -> None:
                 prepare_sources(config.data, max_bytes=_PREPARE_BYTES)
         held.enter_context(mesh.in_use(mesh.shape_of(config.mesh, jax.device_count())))
         with distributed.together():
-            # What the main process has made is read by all.
-            skip = joined_skips(directory.saved_skip(run_dir), config.data.skip, _SKIP_STEPS.value)
-            config = _skipping(config, skip)
+            # What the main process has made is read by all, and what it was told holds for all.
+            saved = distributed.from_main(directory.saved_skip(run_dir))
+            config = _skipping(config, joined_skips(saved, config.data.skip, _SKIP_STEPS.value))
+            if distributed.from_main(repr(config)) != repr(config):
+                raise ValueError(
+                    "this process was started with other settings than the main one; start all "
+                    "with the same command"
+                )
             prepared = prepare_sources(config.data, max_bytes=1)
             datasets = open_datasets(config, prepared, tokenizer.sha256, rules.own_rows)
         print(datasets.training.describe(config.total_steps), flush=True)
         loss_fn = NextToken(config, tokenizer.bos_id, tokenizer.eos_id)
         train(
             config, run_dir, datasets.training, datasets.validation, loss_fn,
-            resume=_RESUME.value, lock=lock,
+            resume=_RESUME.value, lock=lock, preemption=preemption,
         )  # fmt: skip
         if distributed.is_main():
             curves.write_loss_picture(run_dir)

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.faults.trainer import STEPS, logged, saved
+from tests.faults.trainer import DOOR, log_of, logged, saved
 from tinyllama_jax.parallel.distributed import LOST_PEER
 
 PAIR = {"processes": 2, "devices": 2}
@@ -26,17 +26,47 @@ def test_the_other_names_the_lost_one(trainer, pair, lost):
     assert f"process {1 - lost} ends with exit code 76" in run.printed()
     # It ran on until it was killed, maybe past the next save.
     printed = trainer.finish(run_dir, *FLAGS, **PAIR)
-    assert re.search(r"resumed from step (10|15|20)\n", printed), printed
+    assert re.search(r"resumed from step (5|10|15|20)\n", printed), printed
     assert logged(run_dir) == logged(pair)
     assert saved(run_dir) == saved(pair)
 
 
+# The door, in which one thing fails: WHAT is replaced by code that raises.
+FAILING = """
+import runpy
+from tinyllama_jax.data import dataset
+from tinyllama_jax.training import preflight
+
+def fail(*arguments, **named):
+    raise ERROR
+
+WHAT = fail
+runpy.run_module("tinyllama_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
-def test_a_mistake_of_one_is_told_by_all(trainer):
-    """The second process alone cannot read the settings' text."""
-    run_dir = trainer.directory / "mistake"
-    run = trainer.start(run_dir, "--config.data.sources.code.path=/nowhere", *FLAGS, **PAIR)
-    codes = run.wait(timeout=60)
-    assert codes == [1, 1], run.printed()
-    assert "error: source code: " in run.printed() and "Traceback" not in run.printed()
-    assert STEPS and not (run_dir / "config.json").exists()
+@pytest.mark.parametrize("at_fault", [0, 1])
+@pytest.mark.parametrize(
+    "what, error",
+    [
+        ("preflight.examine", 'ValueError("a planted mistake")'),  # before anything compiles
+        (
+            "dataset.TrainingDataset.fingerprint",
+            'OSError("a planted mistake")',
+        ),  # at the first save
+        ("dataset.TrainingDataset.fingerprint", 'KeyError("a planted mistake")'),
+    ],
+)
+def test_what_fails_in_one_process_ends_all_with_its_words(trainer, at_fault, what, error):
+    """Exit code 1, by which no launcher starts again what would fail again."""
+    run_dir = trainer.directory / f"failing {at_fault} {what} {error[:5]}"
+    failing = ("-c", FAILING.replace("WHAT", what).replace("ERROR", error))
+    programs = {"program": failing, "other_program": DOOR}
+    if at_fault == 1:
+        programs = {"program": DOOR, "other_program": failing}
+    run = trainer.start(run_dir, *FLAGS, **PAIR, **programs)
+    assert run.wait(timeout=60) == [1, 1], run.printed()
+    told = log_of(run_dir, 1 - at_fault).read_text()
+    assert f"process {at_fault} o" in told and "could not go on: " in told
+    assert "a planted mistake" in told and "lost process" not in told

@@ -31,11 +31,38 @@ def preempt(trainer, run_dir, number, step, which=0, flags=(), **options):
 
 def test_one_process_saves_and_exits_with_75(trainer, uninterrupted):
     run_dir = trainer.directory / "preempted"
-    for number, step in ((signal.SIGTERM, 7), (signal.SIGUSR1, 21)):
-        newest = preempt(trainer, run_dir, number, step)
+    preempt(trainer, run_dir, signal.SIGTERM, 7)
+    newest = preempt(trainer, run_dir, signal.SIGUSR1, 21)
     assert f"resumed from step {newest}\n" in trainer.finish(run_dir)
     assert logged(run_dir) == logged(uninterrupted)
     assert saved(run_dir)[STEPS] == saved(uninterrupted)[STEPS]
+
+
+def test_asked_twice_at_once_is_asked_once(trainer):
+    """As whoever signals a group of processes does to one that its launcher signals too."""
+    run_dir = trainer.directory / "asked twice"
+    run = trainer.start(run_dir)
+    run.until_step(7)
+    for _ in range(2):
+        run.processes[0].send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    assert run.wait() == [75], run.printed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, PAIR], ids=["one", "pair"])
+def test_asked_before_the_first_step_of_a_resumed_run(trainer, options):
+    run_dir = trainer.directory / f"asked early {len(options)}"
+    newest = preempt(trainer, run_dir, signal.SIGTERM, 7, flags=[ONE_ROW], **options)
+    run = trainer.start(run_dir, ONE_ROW, **options)
+    deadline = time.monotonic() + 60
+    while run.printed().count("read step") < 1:  # restored, not compiled yet
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    run.processes[-1].send_signal(signal.SIGTERM)
+    assert set(run.wait()) == {75}, run.printed()
+    # Where it takes a second until jax hears of it, some steps more are done.
+    assert newest < last_step(run_dir) < STEPS
 
 
 @pytest.mark.slow

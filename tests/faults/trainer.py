@@ -23,6 +23,7 @@ from tinyllama_jax.training.step import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 40, 5
+DOOR = ("-m", "tinyllama_jax.train")
 STALL = "checkpoint_stall_seconds"  # in the line after a save
 TIMING = {"tokens_per_second", "step_seconds", "data_wait_seconds", "time"}
 
@@ -62,13 +63,13 @@ class Trainer:
         *flags: str,
         processes: int = 1,
         devices: int = 1,
-        program: tuple[str, ...] = ("-m", "tinyllama_jax.train"),
+        program: tuple[str, ...] = DOOR,
+        other_program: tuple[str, ...] = (),
     ) -> "Run":
         """Processes that train in `run_dir`, or go on there, with so many devices each.
 
         Output goes to `<run>.log`, of all but the first to `<run>.<number>.log`.
         """
-        command = [sys.executable, *program, "--config=configs/tiny_debug.py"]
         address = f"localhost:{free_port()}"
         started = []
         for number in range(processes):
@@ -79,6 +80,8 @@ class Trainer:
                     "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes),
                     "JAX_PROCESS_ID": str(number),
                 }  # fmt: skip
+            what = other_program if number and other_program else program
+            command = [sys.executable, *what, "--config=configs/tiny_debug.py"]
             with open(log_of(run_dir, number), "ab") as log:
                 started.append(
                     subprocess.Popen(

@@ -1,5 +1,6 @@
 """The launchers: which ends they start again, and real runs under them, killed and preempted."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -65,7 +66,7 @@ def fake(tmp_path):
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
 
-    def run(script: str, *codes: int) -> tuple[int, list[str]]:
+    def run(script: str, *codes: int, flags=(), **variables) -> tuple[int, list[str]]:
         calls, left = tmp_path / "calls", tmp_path / "codes"
         left.write_text("".join(f"{code}\n" for code in codes))
         program(
@@ -75,9 +76,10 @@ def fake(tmp_path):
         program(bin_dir / "srun", 'while [[ $1 == -* ]]; do shift; done; "$@"')
         program(bin_dir / "scontrol", f'echo "scontrol $*" >> {calls}')
         done = subprocess.run(
-            ["bash", LAUNCH / script, "--config=configs/tiny_debug.py", "--workdir=a b"],
-            env={**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "FIRST_PAUSE": "0",
-                 "MOST_RESTARTS": "3", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)},
+            ["bash", LAUNCH / script, "--config=configs/tiny_debug.py", "--workdir=a b", *flags],
+            env={**os.environ, **variables, "PATH": f"{bin_dir}:{os.environ['PATH']}",
+                 "FIRST_PAUSE": "0", "MOST_RESTARTS": "3", "SLURM_JOB_ID": "7",
+                 "SLURM_SUBMIT_DIR": str(ROOT)},
             cwd=tmp_path, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         return done.returncode, calls.read_text().splitlines()
@@ -99,10 +101,24 @@ TRAIN = "python -m tinyllama_jax.train --config=configs/tiny_debug.py --workdir=
         ([76, 137, 0], 0, 3),
         ([76, 76, 76, 76], 76, 4),
         ([76, 1], 1, 2),
+        ([134, 139, 0], 0, 3),  # crashed
+        ([143], 143, 1),
     ],
 )
 def test_what_is_started_again(fake, codes, expected, starts):
     assert fake("single_node.sh", *codes) == (expected, [TRAIN] * starts)
+
+
+def test_a_rewind_happens_once(fake, tmp_path):
+    """Training makes the file that the launcher named when it has gone back."""
+    rewound = tmp_path / "rewound"
+    flags = ["--resume=15", "--skip_steps", "15:18"]
+    variables = {"TINYLLAMA_REWOUND": str(rewound)}
+    with_flags = f"{TRAIN} --resume=15 --skip_steps 15:18"
+    assert fake("single_node.sh", 76, 0, flags=flags, **variables) == (0, [with_flags] * 2)
+    (tmp_path / "calls").unlink()
+    rewound.touch()
+    assert fake("single_node.sh", 76, 0, flags=flags, **variables) == (0, [TRAIN] * 2)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +145,20 @@ def start(trainer: Trainer, run_dir: pathlib.Path, *launcher: str, **variables: 
     )  # fmt: skip
 
 
+def starts(run_dir) -> int:
+    try:
+        return len(json.loads((run_dir / "environment.json").read_text()))
+    except FileNotFoundError:
+        return 0
+
+
 def until_step(run_dir, step, process):
+    wait_until(lambda: last_step(run_dir) >= step, process)
+
+
+def wait_until(seen, process):
     deadline = time.monotonic() + 120
-    while last_step(run_dir) < step:
+    while not seen():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -153,7 +180,7 @@ def test_a_run_under_single_node(tmp_path):
     until_step(run_dir, 7, process)
     (child,) = children(run_dir)
     os.kill(child, signal.SIGKILL)
-    until_step(run_dir, 17, process)
+    wait_until(lambda: starts(run_dir) == 2, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     assert start(trainer, run_dir, str(LAUNCH / "single_node.sh")).wait(120) == 0
@@ -173,7 +200,7 @@ def test_a_run_under_multi_node(tmp_path):
     process = start(trainer, run_dir, *launcher, **variables)
     until_step(run_dir, 7, process)
     os.kill(int((logs / "1.pid").read_text()), signal.SIGKILL)
-    until_step(run_dir, 17, process)
+    wait_until(lambda: starts(run_dir) == 2, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     assert "lost process 1 on " in (logs / "0.one.log").read_text()

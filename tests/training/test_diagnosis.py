@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tinyllama_jax import doctor
-from tinyllama_jax.config import Config, TrainingConfig
+from tinyllama_jax.config import Config, LoggingConfig, TrainingConfig
 from tinyllama_jax.runs.directory import write_config
 from tinyllama_jax.runs.lock import RunLock
 from tinyllama_jax.training.diagnosis import examine_run
@@ -24,7 +24,11 @@ def line(step, time, seconds=10.0, **more):
 def run_dir(tmp_path):
     """Two starts: ten steps of 10 s, of which two are done again; then ten more, one slow."""
     write_config(
-        tmp_path, Config(training=TrainingConfig(train_tokens=2000, global_batch_tokens=100))
+        tmp_path,
+        Config(
+            training=TrainingConfig(train_tokens=2000, global_batch_tokens=100),
+            logging=LoggingConfig(every_steps=1),
+        ),
     )
     started = ["2023-11-14T22:13:20+0000", "2023-11-14T22:20:00+0000"]
     (tmp_path / "environment.json").write_text(json.dumps([{"started": s} for s in started]))

@@ -4,33 +4,37 @@ Every process runs the same program; process 0, the main one, writes what is wri
 coordination service lives in process 0 and hears the heartbeat of all. A collective that misses a
 peer waits for ever (NCCL) or fails with a socket's error (gloo), and neither says who is gone; so a
 thread asks the service who lives, and ends the process with a name and an exit code that tells a
-launcher to start all again.
+launcher to start all again. What processes agree on goes through the service too: it needs no
+device, and waits for as long as the slowest takes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
+import json
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 
 LOST_PEER = 76  # the exit code: start all processes again
 
 _ASK_SECONDS = 2.0
 _INITIALIZATION_SECONDS = 300
+_PATIENCE_MS = 7 * 24 * 3600 * 1000  # of agreements: who never comes is lost, which `_Peers` sees
 # What launchers set, jax's own clusters aside.
 _ADDRESS, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Set by Slurm and Open MPI for each process of a job step of so many.
 _CLUSTER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+_agreements = itertools.count()  # all processes come to the same ones in the same order
 
 
 @contextlib.contextmanager
@@ -38,34 +42,21 @@ def in_use(peer_seconds: int) -> Iterator[None]:
     """Joins the processes that the environment tells of; does nothing where it tells of none.
 
     It comes before anything else touches a device. Output of all but the main process goes nowhere;
-    errors are printed by all.
+    errors are printed by all. A process that does not find the others ends with `LOST_PEER`.
 
     Args:
       peer_seconds: a process that has not been heard of for so long is lost, and the others end
         with exit code `LOST_PEER`.
 
     Raises:
-      ValueError: an environment that says half of what it must, or the others do not come.
+      ValueError: an environment that says half of what it must.
     """
     settings = _settings(os.environ)
     if settings is None:
         yield
         return
-    # Else jax itself aborts all processes where one is lost, without a name or a code.
-    jax.config.update("jax_enable_recoverability", True)
-    try:
-        jax.distributed.initialize(
-            **settings,
-            heartbeat_timeout_seconds=peer_seconds,
-            initialization_timeout=_INITIALIZATION_SECONDS,
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"the processes of this run did not find each other within {_INITIALIZATION_SECONDS} s "
-            f"({str(error).splitlines()[0]}); look whether all were started and whether "
-            f"{settings.get('coordinator_address', 'the first host')} can be reached from here"
-        ) from error
     peers = _Peers()
+    peers.join(settings, peer_seconds)
     out = sys.stdout
     if not is_main():
         print(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
@@ -76,12 +67,10 @@ def in_use(peer_seconds: int) -> Iterator[None]:
     except SystemExit as end:
         peers.leave_together(end.code if isinstance(end.code, int) else 1)
         raise
-    except (ValueError, OSError):
-        # Known to all (`together`), or to this one alone, whose end the others then notice.
-        peers.leaving = 1
-        raise
-    except jax.errors.JaxRuntimeError as error:
-        peers.explain(error)
+    except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            peers.explain(error)  # and ends here, where a peer is lost
+        peers.leave_failed(error)
         raise
     else:
         peers.leave_together(0)
@@ -99,41 +88,44 @@ def together(error: type[ValueError] = ValueError) -> Iterator[None]:
     """All processes come to the end of this block, or none does: a failure of one is one of all.
 
     Every process must come here. A ValueError or OSError of the block is raised where it arose; the
-    other processes raise `error`.
+    other processes raise `error`, with its words.
     """
     own: Exception | None = None
     try:
         yield
     except (ValueError, OSError) as caught:
         own = caught
-    failed = _gathered(own is not None)
+    if jax.process_count() > 1:
+        said = _exchange("" if own is None else str(own) or type(own).__name__)
+        failed = [n for n, text in enumerate(said) if text]
+        if own is None and failed:
+            raise error(f"process {failed[0]} of {len(said)} could not go on: {said[failed[0]]}")
     if own is not None:
         raise own
-    if failed:
-        raise error(
-            f"process {failed[0]} of {jax.process_count()} could not go on; its own output says why"
-        )
 
 
-def from_main(numbers: Sequence[int]) -> list[int]:
-    """The main process's integers (not negative, at most 256 of them), in every process."""
+def from_main(value: Any) -> Any:
+    """The main process's value (what JSON holds), in every process; each must come here."""
     if jax.process_count() == 1:
-        return list(numbers)
-    from jax.experimental import multihost_utils
-
-    padded = np.full(256, -1, np.int32)
-    if is_main():
-        padded[: len(numbers)] = numbers
-    return [int(n) for n in multihost_utils.broadcast_one_to_all(padded) if n >= 0]
+        return value
+    return json.loads(_exchange(json.dumps(value) if is_main() else "")[0])
 
 
-def _gathered(failed: bool) -> list[int]:
-    """The processes that failed."""
-    if jax.process_count() == 1:
-        return []
-    from jax.experimental import multihost_utils
+def _exchange(text: str) -> list[str]:
+    """What every process says, by its number."""
+    client, number = _client(), next(_agreements)
+    place = f"agreement/{number}"
+    client.key_value_set(f"{place}/{jax.process_index()}", text)
+    client.wait_at_barrier(f"{place}/all said", _PATIENCE_MS)
+    said = {key.rsplit("/", 1)[1]: value for key, value in client.key_value_dir_get(place)}
+    return [said[str(n)] for n in range(jax.process_count())]
 
-    return np.flatnonzero(multihost_utils.process_allgather(np.int32(failed))).tolist()
+
+def _client() -> Any:
+    # What jax.experimental.multihost_utils asks too.
+    from jax._src.distributed import global_state
+
+    return global_state.client
 
 
 def _settings(variables: Any) -> dict[str, Any] | None:
@@ -166,38 +158,59 @@ def _settings(variables: Any) -> dict[str, Any] | None:
 
 
 class _Peers:
-    """Watches over the other processes until this one leaves."""
+    """Watches over the other processes from joining them until this one leaves."""
 
     def __init__(self) -> None:
-        # What jax.experimental.multihost_utils.live_devices asks too.
-        from jax._src.distributed import global_state
-
-        self._client: Any = global_state.client
-        self._coordinator = str(global_state.coordinator_address)
-        self._count = jax.process_count()
-        self.leaving: int | None = None  # with which exit code
-        self._name_hosts()
-        threading.Thread(target=self._watch, name="peers", daemon=True).start()
-        # jax's client aborts where the coordinator is gone, and no setting of jax's prevents it.
-        # Python's own handlers would run too late, when abort() has returned.
+        self._leaving: int | None = None  # with which exit code
+        self._joined = False
+        # jax's client aborts where the others do not come or the coordinator is gone, and no
+        # setting of jax's prevents it. Python's own handlers would run when abort() has returned.
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
         ctypes.CDLL(None).signal(int(signal.SIGABRT), self._on_abort)
 
+    def join(self, settings: dict[str, Any], peer_seconds: int) -> None:
+        """Finds the other processes, and begins to watch."""
+        # Else jax itself aborts all processes where one is lost, without a name or a code.
+        jax.config.update("jax_enable_recoverability", True)
+        try:
+            jax.distributed.initialize(
+                **settings,
+                heartbeat_timeout_seconds=peer_seconds,
+                initialization_timeout=_INITIALIZATION_SECONDS,
+            )
+        except RuntimeError as error:
+            self._not_found(str(error).splitlines()[0])
+        from jax._src.distributed import global_state
+
+        self._coordinator = str(global_state.coordinator_address)
+        self._count, self._number = jax.process_count(), jax.process_index()
+        self._joined = True
+        self._hosts = _exchange(socket.gethostname())
+        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
     def leave_together(self, code: int) -> None:
         """Waits for all, and leaves the coordinator's process to the last."""
-        self.leaving = code
-        number = jax.process_index()
+        self._leaving = code
+        client = _client()
         try:
-            self._client.wait_at_barrier("leaving", 600_000)
-            if number:
-                self._client.key_value_set(f"left/{number}", "")
+            client.wait_at_barrier("leaving", 600_000)
+            if self._number:
+                client.key_value_set(f"left/{self._number}", "")
             else:
                 for other in range(1, self._count):
-                    self._client.blocking_key_value_get(f"left/{other}", 60_000)
+                    client.blocking_key_value_get(f"left/{other}", 60_000)
                 time.sleep(0.2)  # for the answer to the last of them
             jax.distributed.shutdown()
         except jax.errors.JaxRuntimeError:  # the others are gone: nothing is left to wait for
             pass
+
+    def leave_failed(self, error: BaseException) -> None:
+        """Tells the others that starting again does not mend this, so that they end alike."""
+        self._leaving = 1
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _client().key_value_set(f"failed/{self._number}", str(error) or type(error).__name__)
+            if self._number == 0:  # with it the service ends
+                time.sleep(2 * _ASK_SECONDS)
 
     def explain(self, error: Exception) -> None:
         """After a failed collective: ends the process where a peer is lost, else returns."""
@@ -207,28 +220,26 @@ class _Peers:
               file=sys.stderr, flush=True)  # fmt: skip
         self._ask()
 
-    def _name_hosts(self) -> None:
-        number = jax.process_index()
-        self._client.key_value_set(f"host/{number}", socket.gethostname())
-        self._hosts = [
-            self._client.blocking_key_value_get(f"host/{n}", 60_000) for n in range(self._count)
-        ]
-
     def _watch(self) -> None:
-        while self.leaving is None:
+        while self._leaving is None:
             time.sleep(_ASK_SECONDS)
             self._ask()
 
     def _ask(self) -> None:
-        """Ends the process where one of the others does not live."""
+        """Ends the process where one of the others failed or does not live."""
         try:
-            live = self._client.get_live_nodes(list(range(self._count)))
+            failed = _client().key_value_dir_get("failed")
+            live = [] if failed else _client().get_live_nodes(list(range(self._count)))
         except jax.errors.JaxRuntimeError:
-            if self._coordinator_answers():
-                return
-            live = range(1, self._count)
-        missing = sorted(set(range(self._count)) - set(live))
-        if missing and self.leaving is None:
+            if not self._coordinator_answers():
+                self._lost([0])
+            return
+        if self._leaving is not None:
+            return
+        if failed:
+            self._others_failed(*failed[0])
+        missing = sorted(set(range(self._count)) - set(live) - {self._number})
+        if missing:
             self._lost(missing)
 
     def _coordinator_answers(self) -> bool:
@@ -240,17 +251,39 @@ class _Peers:
         return True
 
     def _aborted(self, _signal: int) -> None:
-        if self.leaving is not None:
-            os._exit(self.leaving)
+        if self._leaving is not None:
+            os._exit(self._leaving)
+        if not self._joined:
+            self._not_found("see above")
         if not self._coordinator_answers():
             self._lost([0])
 
+    def _not_found(self, reason: str) -> NoReturn:
+        print(
+            f"\nthe processes of this run did not find each other within {_INITIALIZATION_SECONDS} "
+            f"s ({reason}): look whether all were started, and whether the first one's host and "
+            f"port ({os.environ.get(_ADDRESS, 'found by jax')}) can be reached from here; ends "
+            f"with exit code {LOST_PEER}, to be started again",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(LOST_PEER)
+
+    def _others_failed(self, key: str, text: str) -> NoReturn:
+        number = int(key.rsplit("/", 1)[1])
+        print(
+            f"\nerror: process {number} on {self._hosts[number]} could not go on: {text}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(1)
+
     def _lost(self, missing: list[int]) -> NoReturn:
+        if self._leaving is not None:
+            os._exit(self._leaving)
         named = ", ".join(f"process {n} on {self._hosts[n]}" for n in missing)
         print(
-            f"\nlost {named}: it ended or has not been heard of; process {jax.process_index()} "
-            f"ends with exit code {LOST_PEER}. Start all processes again: the run goes on from its "
-            f"last saved step. The lost one's output says why it ended",
+            f"\nlost {named}: it ended or has not been heard of; process {self._number} ends with "
+            f"exit code {LOST_PEER}. Start all processes again: the run goes on from its last "
+            f"saved step. The lost one's output says why it ended",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(LOST_PEER)

@@ -70,7 +70,7 @@ class Checkpointer:
 
         The state may be donated as soon as this returns. A failure (full disk, no permission) is
         printed and never raised: the older steps stay, and the next save tries again. Steps beyond
-        `step`, left from before a rewind, are removed once this one is sealed.
+        `step`, left where a newer one was damaged, are removed once this one is sealed.
 
         Args:
           step: optimizer steps done; a saved step of this number is replaced.
@@ -91,12 +91,14 @@ class Checkpointer:
             self._step_bytes = sum(array.nbytes for array in arrays.values())
             prints = integrity.fingerprints(arrays)
             descriptions = {name: parts.abstract_array(array) for name, array in arrays.items()}
-            with _orbax_context():
+            with distributed.together(), _orbax_context():
                 writing = ocp.save_checkpointables_async(
                     steps.unsealed_path(self._directory, step),
                     {"params": params, "training": training},
                 )
         except Exception as error:  # whatever it is, training is worth more than this save
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # a process is lost, which is no matter of this save
             self._report_failure(step, error)
             return time.perf_counter() - began
 
@@ -146,13 +148,18 @@ class Checkpointer:
                 json.loads((directory / METADATA).read_bytes()),
             )
 
-        restored = newest_good(self._directory, step, read, needs="training")
-        if restored is not None:
-            later = [saved for saved in self.steps() if saved > restored.step]
-            if later:
-                say(f"steps {later} lie beyond step {restored.step} and are removed when the next "
-                     "step is saved; copy them now if you want to keep them")  # fmt: skip
-        return restored
+        return newest_good(self._directory, step, read, needs="training")
+
+    def rewind(self, step: int) -> None:
+        """Takes the steps beyond `step` out of the run, so that no later start finds them.
+
+        The next save deletes them; until then they lie beside the others as `<step>.superseded`.
+        """
+        if distributed.is_main() and (beyond := steps.supersede(self._directory, step)):
+            say(
+                f"steps {beyond} lie beyond step {step}; they are kept as STEP.superseded until "
+                "the next save: copy them now if you want to keep them"
+            )
 
     def restore_initial_params(self, abstract_params: PyTree) -> PyTree | None:
         """The params that `save_params` put into the run, or None; raises as `restore` does."""
@@ -164,7 +171,7 @@ class Checkpointer:
                 "params"
             ]
 
-        if 0 not in distributed.from_main(steps.sealed_steps(self._directory)[-256:]):
+        if 0 not in distributed.from_main(steps.sealed_steps(self._directory)):
             return None
         return newest_good(self._directory, 0, read)
 

@@ -133,7 +133,8 @@ def keep_skip(run_dir: Path, skip: str) -> None:
 def saved_skip(run_dir: Path) -> str:
     """The batches that a run has left out so far; "" before it has begun."""
     run_dir = Path(run_dir)
-    return read_config(run_dir).data.skip if _has_begun(run_dir) else ""
+    has_config = (run_dir / CONFIG).exists()
+    return read_config(run_dir).data.skip if has_config and _has_begun(run_dir) else ""
 
 
 def _has_begun(run_dir: Path) -> bool:

@@ -19,6 +19,7 @@ from tinyllama_jax.runs import integrity, parts, steps
 from tinyllama_jax.runs.parts import PyTree
 
 CHECKPOINTS = "checkpoints"
+_DELAY_SECONDS = 30.0
 
 
 class StoredParams(Mapping[str, np.ndarray]):
@@ -118,16 +119,19 @@ def newest_good(directory: Path, step: int | None, read: Any, needs: str = "para
             ) from error
     reasons = []
     numbers = [int(path.name) for path in steps.step_directories(directory)]
-    for number in reversed(distributed.from_main(numbers[-256:])):
+    for number in reversed(distributed.from_main(numbers)):
         path = directory / str(number)
-        sealed = (path / integrity.SEAL).exists()
+        sealed = distributed.from_main((path / integrity.SEAL).exists())
+        _wait_until_seen(path / integrity.SEAL if sealed else path)
         try:
             with distributed.together(integrity.DamagedError):
                 content = integrity.read_seal(path)
             if any(name.startswith(f"{needs}/") for name in content["files"]):
                 return read(path, content)
         except integrity.DamagedError as error:
-            if not path.exists():  # deleted by the running training while it was read
+            if not distributed.from_main(
+                path.exists()
+            ):  # deleted by the running training while it was read
                 return newest_good(directory, None, read, needs)
             say(f"passing over step {path.name}: {error}")
             reasons += [f"step {path.name}: {error}"] if sealed else []
@@ -137,6 +141,13 @@ def newest_good(directory: Path, step: int | None, read: Any, needs: str = "para
             "beginning would hide that: bring a copy back, or remove the directory to start over"
         )
     return None
+
+
+def _wait_until_seen(path: Path) -> None:
+    """A network disk shows a process what another one made with a delay."""
+    deadline = time.monotonic() + (0 if distributed.is_main() else _DELAY_SECONDS)
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def read_parts(

@@ -1,7 +1,8 @@
 """The step directories of a run, and which of them are kept.
 
 `<step>` is published, `<step>.unsealed` is being written, `<step>.replaced` gives way to a new save
-of the same step, `<step>.removed` is being deleted. Renames lead from one to the next, so that a
+of the same step, `<step>.superseded` lies beyond where the run was rewound to, `<step>.removed` is
+being deleted. Renames lead from one to the next, so that a
 kill leaves nothing half done under a step's own name.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from tinyllama_jax.durable import sync_directory
 from tinyllama_jax.runs import integrity
 
-_TRANSIENT = re.compile(r"\d+\.(unsealed|replaced|removed)")
+_TRANSIENT = re.compile(r"\d+\.(unsealed|replaced|superseded|removed)")
 
 
 def steps_to_keep(
@@ -67,6 +68,17 @@ def remove(path: Path) -> None:
     removed = path.with_name(f"{path.name}.removed")
     path.rename(removed)
     shutil.rmtree(removed)
+
+
+def supersede(directory: Path, step: int) -> list[int]:
+    """Takes the steps beyond one out of the run, until a later save deletes them."""
+    beyond = [path for path in step_directories(directory) if int(path.name) > step]
+    for path in beyond:
+        superseded = path.with_name(f"{path.name}.superseded")
+        if superseded.exists():
+            shutil.rmtree(superseded)
+        path.rename(superseded)
+    return [int(path.name) for path in beyond]
 
 
 def remove_transient(directory: Path) -> None:

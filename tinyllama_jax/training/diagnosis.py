@@ -41,8 +41,9 @@ def examine_run(run_dir: Path) -> list[Finding]:
         Finding("run", f"{state}; step {last:,} of {config.total_steps:,} ({share:.1%}), loss "
                 f"{records[-1]['loss']:.4f}" + (f"; {writer} writes to it" if writer else ""))
     ]  # fmt: skip
-    findings += [_starts(run_dir, records, given_up), _goodput(run_dir, records, given_up)]
-    findings += [_speed(records), _data(records), _saves(records), _skipped(records, config)]
+    every = config.logging.every_steps
+    findings += [_starts(run_dir, given_up, every), _goodput(run_dir, records, given_up, every)]
+    findings += [_speed(records, every), _data(records), _saves(records), _skipped(records, config)]
     findings.append(_checkpoints(run_dir, last))
     if (run_dir / STACKS).exists():
         findings.append(
@@ -52,23 +53,25 @@ def examine_run(run_dir: Path) -> list[Finding]:
     return findings
 
 
-def _starts(run_dir: Path, records: list[dict[str, Any]], given_up: list[dict]) -> Finding:
+def _starts(run_dir: Path, given_up: list[dict[str, Any]], every: int) -> Finding:
     starts = _started(run_dir)
-    lost = _steps(given_up)
+    lost = sum(_gaps(given_up, every))
     text = f"{len(starts)}"
     if len(starts) > 1:
         text += f", the last on {starts[-1]:%Y-%m-%d %H:%M:%S}"
     return Finding("starts", text + (f"; {lost:,} steps were done again" if lost else ""))
 
 
-def _goodput(run_dir: Path, records: list[dict[str, Any]], given_up: list[dict]) -> Finding:
+def _goodput(
+    run_dir: Path, records: list[dict[str, Any]], given_up: list[dict[str, Any]], every: int
+) -> Finding:
     """What share of the time since the first start went into steps that count."""
     starts = _started(run_dir)
     timed = [record for record in records if "time" in record]
     if not starts or not timed:
         return Finding("time", "not known: the run does not tell when it was started")
     total = timed[-1]["time"] - starts[0].timestamp()
-    counted, again = _seconds(records), _seconds(given_up)
+    counted, again = _seconds(records, every), _seconds(given_up, every)
     saves = sum(record.get("checkpoint_stall_seconds", 0.0) for record in records)
     rest = max(0.0, total - counted - again - saves)
     goodput = counted / total if total > 0 else 0.0
@@ -80,14 +83,13 @@ def _goodput(run_dir: Path, records: list[dict[str, Any]], given_up: list[dict])
     )  # fmt: skip
 
 
-def _speed(records: list[dict[str, Any]]) -> Finding:
+def _speed(records: list[dict[str, Any]], every: int) -> Finding:
     speeds = [record["tokens_per_second"] for record in records]
     usual = statistics.median(speeds)
     slow = [record["step"] for record in records if record["tokens_per_second"] < _SLOW * usual]
     text = f"{usual:,.0f} tokens/s in the median"
     if not slow:
         return Finding("speed", text)
-    every = records[-1]["step"] - records[-2]["step"] if len(records) > 1 else 1
     ranges = _ranges(slow, every)
     longest = sorted(ranges, key=lambda r: r[0] - r[1])[:3]
     shown = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in longest)
@@ -173,24 +175,18 @@ def _discarded(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _steps(records: list[dict[str, Any]]) -> int:
-    """Steps that logged lines stand for; each stands for those since the one before."""
-    return sum(_gaps(records))
+def _seconds(records: list[dict[str, Any]], every: int) -> float:
+    """Of the steps that logged lines stand for: each for those since the one before."""
+    return sum(n * r["step_seconds"] for n, r in zip(_gaps(records, every), records, strict=True))
 
 
-def _seconds(records: list[dict[str, Any]]) -> float:
-    return sum(n * r["step_seconds"] for n, r in zip(_gaps(records), records, strict=True))
-
-
-def _gaps(records: list[dict[str, Any]]) -> list[int]:
+def _gaps(records: list[dict[str, Any]], every: int) -> list[int]:
     numbers = [record["step"] for record in records]
-    if not numbers:
-        return []
-    steps_apart = [b - a for a, b in itertools.pairwise(numbers)]
-    usual = statistics.mode(steps_apart) if steps_apart else 1
-    first = min(numbers[0], usual)
-    # Where a restart stands between two lines (of the discarded ones), the usual distance.
-    return [first, *(gap if 0 < gap <= usual else usual for gap in steps_apart)]
+    apart = [b - a for a, b in itertools.pairwise([0, *numbers])]
+    # Between lines of different starts, as the discarded ones have them, the usual distance.
+    return [
+        gap if 0 < gap <= every else min(every, n) for gap, n in zip(apart, numbers, strict=True)
+    ]
 
 
 def _ranges(numbers: list[int], every: int) -> list[tuple[int, int]]:

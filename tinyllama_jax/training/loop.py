@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -35,6 +36,10 @@ from tinyllama_jax.training.step import (
 )
 from tinyllama_jax.training.timing import StepTimer
 from tinyllama_jax.training.watchdog import Watchdog
+
+# Names a file that a launcher wants to see once --resume=STEP has been obeyed: it then starts again
+# without it, which would rewind the run each time.
+REWOUND = "TINYLLAMA_REWOUND"
 
 Writer = MetricsWriter | NoMetrics
 
@@ -70,6 +75,7 @@ def train(
     *,
     resume: str = "auto",
     lock: RunLock | None = None,
+    preemption: Preemption | None = None,
 ) -> TrainState:
     """Trains until the token budget is spent, and returns the last state.
 
@@ -85,6 +91,7 @@ def train(
       resume: "auto" (the newest good step, if there is one), "never", or a step's number.
       lock: the caller's hold of run_dir, checked before every save; None where nobody else can
         write there.
+      preemption: the caller's, who listens from before anything compiles; None: nobody asks.
 
     Raises:
       ValueError: a step that cannot be resumed from, a lost lock, or too many steps skipped in a
@@ -115,8 +122,9 @@ def train(
         if state is None:
             state = fresh(checkpoints.restore_initial_params(shapes.params))
         start = int(state.step)
-        if distributed.is_main():
-            keep_skip(run_dir, config.data.skip)
+        with distributed.together():
+            if distributed.is_main():
+                keep_skip(run_dir, config.data.skip)
         if start >= total_steps:
             print(f"step {start} of {total_steps}: the token budget is spent")
             return state
@@ -137,7 +145,6 @@ def train(
         with (
             data.prefetch(start, total_steps) as batches,
             Progress(total_steps, "steps", initial=start) as progress,
-            Preemption() as preemption,
             Watchdog(run_dir, config.watchdog.seconds) as watchdog,
         ):
 
@@ -185,7 +192,7 @@ def train(
 
                 last = step == total_steps
                 evaluation_due = last or _is_due(step, config.evaluation.every_steps)
-                preempted = not last and preemption.reached(step)
+                preempted = preemption is not None and preemption.reached() and not last
                 save_due = last or preempted or _is_due(step, config.checkpoint.every_steps)
                 if preempted:
                     evaluation_due = False
@@ -249,7 +256,12 @@ def _resumed(
             "some never; bring back the prepared corpus that the run started with, or start a new "
             "run in another --workdir"
         )
-    writer.rewind(restored.step)
+    with distributed.together():
+        if resume != "auto":
+            checkpoints.rewind(restored.step)
+        writer.rewind(restored.step)
+        if distributed.is_main() and resume != "auto" and os.environ.get(REWOUND):
+            Path(os.environ[REWOUND]).touch()
     print(f"resumed from step {restored.step}", flush=True)
     return restored.state
 

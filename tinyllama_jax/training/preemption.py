@@ -3,7 +3,8 @@
 
 SIGTERM is what schedulers send before they take a machine away; SIGUSR1 is what Slurm sends ahead
 of a time limit (`--signal=USR1@120`). Of several processes jax's own preemption service picks the
-step, whichever process was asked. A second signal ends the process at once.
+step, whichever process was asked. A second signal ends the process at once, unless it follows the
+first within seconds: whoever stops a whole group of processes reaches one twice.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 import jax
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
+_SAME_REQUEST_SECONDS = 5.0
 
 
 class Preempted(Exception):
@@ -23,10 +26,11 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Listens while it is entered."""
+    """Listens while it is entered, by the main thread; a request waits until it is asked for."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked_at: float | None = None
+        self._calls = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Preemption:
@@ -45,19 +49,27 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def reached(self, step: int) -> bool:
-        """Whether all processes are to save after this step, and end; each asks after each step."""
+    def reached(self) -> bool:
+        """Whether all processes are to save now, and end; each asks once after each step."""
+        self._calls += 1
         if jax.process_count() == 1:
-            return self._asked
+            return self._asked_at is not None
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(step)
+        # Counted from this start on: jax looks for the one call that it has chosen, which, asked
+        # before the first step, is the first.
+        return multihost_utils.reached_preemption_sync_point(self._calls)
 
     def _listen(self, number: int) -> None:
         self._before[number] = signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._asked_at is not None:
+            if now - self._asked_at > _SAME_REQUEST_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self._asked_at = now
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
