@@ -133,11 +133,18 @@ def test_saving_an_existing_step_replaces_it(run_dir):
 def test_steps_beyond_a_rewind_go_when_the_next_step_is_sealed(run_dir, capsys):
     with Checkpointer(run_dir, KEEP_ALL, 10) as checkpoints:
         checkpoints.restore(state_at(0), step=10)
-        assert "steps [20] lie beyond step 10" in capsys.readouterr().err
         assert checkpoints.steps() == [10, 20]
+        checkpoints.rewind(10)
+        assert "steps [20] lie beyond step 10; they are kept as" in capsys.readouterr().err
+    # Not even a start that ends before it saves finds them again.
+    with Checkpointer(run_dir, KEEP_ALL, 10) as checkpoints:
+        assert checkpoints.steps() == [10]
+        assert checkpoints.restore(state_at(0)).step == 10
+        assert (run_dir / CHECKPOINTS / "20.superseded").is_dir()
         checkpoints.save(15, state_at(15), {})
         checkpoints.wait()
         assert checkpoints.steps() == [10, 15]
+        assert not (run_dir / CHECKPOINTS / "20.superseded").exists()
 
 
 def test_keeps_the_last_and_milestones(tmp_path):

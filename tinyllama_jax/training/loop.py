@@ -118,13 +118,12 @@ def train(
         # would double the memory.
         fresh = functools.partial(init_state, model, optimizer, config.training.seed)
         shapes = rules.placed(jax.eval_shape(fresh))
-        state = _resumed(shapes, resume, checkpoints, writer, data)
+        keep = functools.partial(_keep_skip, run_dir, config.data.skip)
+        state = _resumed(shapes, resume, checkpoints, writer, data, keep)
         if state is None:
             state = fresh(checkpoints.restore_initial_params(shapes.params))
+            keep()
         start = int(state.step)
-        with distributed.together():
-            if distributed.is_main():
-                keep_skip(run_dir, config.data.skip)
         if start >= total_steps:
             print(f"step {start} of {total_steps}: the token budget is spent")
             return state
@@ -229,6 +228,7 @@ def _resumed(
     checkpoints: Checkpointer,
     writer: Writer,
     data: TrainingData,
+    keep: Callable[[], None],
 ) -> TrainState | None:
     """The state that `resume` names, to go on from; None: the run starts."""
     if resume == "never":
@@ -260,6 +260,8 @@ def _resumed(
         if resume != "auto":
             checkpoints.rewind(restored.step)
         writer.rewind(restored.step)
+    keep()  # before anybody is told that later starts go on from here, past the same batches
+    with distributed.together():
         if distributed.is_main() and resume != "auto" and os.environ.get(REWOUND):
             Path(os.environ[REWOUND]).touch()
     print(f"resumed from step {restored.step}", flush=True)
@@ -295,6 +297,12 @@ def _make_evaluation(
         progress.say(f"step {step}: validation loss {mean:.4f} ({each})")
 
     return evaluate
+
+
+def _keep_skip(run_dir: Path, skip: str) -> None:
+    with distributed.together():
+        if distributed.is_main():
+            keep_skip(run_dir, skip)
 
 
 def _metadata(step: int, data: TrainingData, config: Config) -> dict[str, str]:
