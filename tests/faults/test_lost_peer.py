@@ -46,16 +46,13 @@ runpy.run_module("tinyllama_jax.train", run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_fault", [0, 1])
 @pytest.mark.parametrize(
-    "what, error",
+    "at_fault, what, error",
     [
-        ("preflight.examine", 'ValueError("a planted mistake")'),  # before anything compiles
-        (
-            "dataset.TrainingDataset.fingerprint",
-            'OSError("a planted mistake")',
-        ),  # at the first save
-        ("dataset.TrainingDataset.fingerprint", 'KeyError("a planted mistake")'),
+        # Before anything compiles, and at the first save.
+        (1, "preflight.examine", 'ValueError("a planted mistake")'),
+        (1, "dataset.TrainingDataset.fingerprint", 'OSError("a planted mistake")'),
+        (0, "dataset.TrainingDataset.fingerprint", 'KeyError("a planted mistake")'),
     ],
 )
 def test_what_fails_in_one_process_ends_all_with_its_words(trainer, at_fault, what, error):

@@ -170,3 +170,9 @@ def saved(run_dir: pathlib.Path) -> dict[int, list[bytes]]:
         step: [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(state))]
         for step, state in states.items()
     }
+
+
+def losses(run_dir: pathlib.Path) -> list[float]:
+    """Those of steps and evaluations, in order."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record.get("loss", record.get("eval/loss")) for record in records]

@@ -1,8 +1,8 @@
 """The train step on 8 devices equals the one on one, and keeps the state where it belongs.
 
-    python -m tests.mesh.step_on_mesh [FAULT]
+    python -m tests.mesh.step_on_mesh [faults]
 
-FAULT, of `FAULTS`, is planted first; what is checked here must then fail.
+With "faults" each of `FAULTS` is planted in turn, and how the comparison fails is printed.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def train(shape, kv_heads, states=()):
             run.gradients.append(jax.device_get(there.opt_state[0]))
         require_placed(state, placed)
         if shape == (1, 4, 2) and kv_heads == 8:
-            assert parts_of(state.params) == PARTS, parts_of(state.params)
+            wrong = parts_of(state.params).items() - PARTS.items()
+            assert not wrong, wrong
         compiled = step.lower(state, batch).compile()
     state_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes  # donated, all of it
@@ -198,17 +199,28 @@ def transpose_a_rule():
     )
 
 
-FAULTS = {"data": leave_out("data"), "fsdp": leave_out("fsdp"), "rule": transpose_a_rule}
+FAULTS = {
+    "data": (leave_out("data"), (2, 2, 2)),
+    "fsdp": (leave_out("fsdp"), (2, 2, 2)),
+    "rule": (transpose_a_rule, (1, 4, 2)),
+}
 
 
-def main(fault: str = "") -> None:
+def main(what: str = "") -> None:
     assert len(jax.devices()) == 8
-    shapes = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2)]
     one = train(None, kv_heads=8)
-    if fault:
-        FAULTS[fault]()
-        shapes = shapes[-2:]
-    for shape in shapes:
+    if what == "faults":
+        sound = mesh_module.sum_and_scatter, rules.RULES
+        for name, (plant, shape) in FAULTS.items():
+            plant()
+            try:
+                compare(shape, 8, one)
+                print(f"{name}: not found")
+            except AssertionError as error:
+                print(f"{name}: {str(error)[:300]}")
+            mesh_module.sum_and_scatter, rules.RULES = sound
+        return
+    for shape in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2)]:
         compare(shape, 8, one)
     one = train(None, kv_heads=4)
     for shape in [(2, 2, 2), (1, 2, 4)]:
