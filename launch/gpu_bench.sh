@@ -42,7 +42,8 @@ against_hf=()
 [[ $torch == True ]] && against_torch=(--against torch)
 [[ $hf == True ]] && against_hf=(--against hf)
 model=(--preset tinyllama_1b --scan-unroll 0)
-# jax keeps what it once took, so on a card of 80 GB both do not fit side by side at 8 rows.
+# jax keeps what it once took, and by what the plan says of ours a card of 80 GB has hardly room for
+# torch beside it at 8 rows; nobody has tried.
 memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)
 ((memory < 100000)) && model+=(--rows 4)
 

@@ -7,34 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax.config import (
-    Config,
-    DataConfig,
-    GuardConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainingConfig,
-)
-from tinyllama_jax.data.batch import Batch
-from tinyllama_jax.model.llama import Llama
+from tests.training.test_step import CONFIG, MODEL, make_batch
+from tinyllama_jax.config import GuardConfig
 from tinyllama_jax.training import guard
 from tinyllama_jax.training.losses import NextToken
 from tinyllama_jax.training.optimizer import make_optimizer
 from tinyllama_jax.training.step import init_state, make_train_step
 
-ROWS, S, V = 4, 8, 31
-CONFIG = Config(
-    model=ModelConfig(
-        vocab_size=V, num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24,
-        max_seq_len=S, compute_dtype="float32",
-    ),
-    data=DataConfig(seq_len=S),
-    optimizer=OptimizerConfig(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=0),
-    training=TrainingConfig(
-        train_tokens=1000 * ROWS * S, global_batch_tokens=ROWS * S, micro_batch_size=ROWS
-    ),
-)  # fmt: skip
-MODEL = Llama(CONFIG.model)
 OPTIMIZER = make_optimizer(CONFIG.optimizer)
 judge = jax.jit(guard.judge, static_argnames="settings")
 
@@ -91,28 +70,23 @@ def test_statistics_are_those_of_the_last_steps():
     assert all(taken) and state.loss_mean == pytest.approx(3.0, abs=0.4)
 
 
-def batch_at(step, weight=1.0):
-    ids = np.random.default_rng(step).integers(0, V, (ROWS, S + 1)).astype(np.int32)
-    return Batch(ids[:, :-1], ids[:, 1:], np.full((ROWS, S), weight, np.float32))
-
-
 def test_a_skipped_step_changes_nothing_but_the_count_of_steps():
     step = make_train_step(MODEL, NextToken(CONFIG), OPTIMIZER, CONFIG)
     state = init_state(MODEL, OPTIMIZER, seed=0)
     for number in range(3):
-        state, metrics = step(state, batch_at(number))
+        state, metrics = step(state, make_batch(number))
     before = jax.device_get(state)
-    state, metrics = step(state, batch_at(3, weight=np.nan))
+    state, metrics = step(state, make_batch(3, weights=np.nan))
     after = jax.device_get(state)
     assert np.isnan(metrics["loss"]) and int(metrics["skipped_steps"]) == 1
     for name in ("params", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
     assert after.step == before.step + 1
     assert dataclasses.replace(after.guard, skipped=0, in_a_row=0) == before.guard
-    state, metrics = step(state, batch_at(4))
+    state, metrics = step(state, make_batch(4))
     assert int(metrics["skipped_in_a_row"]) == 0 and np.isfinite(metrics["loss"])
     # As if the skipped step had been left out, but for the learning rate, which follows the step.
     other = jax.device_put(dataclasses.replace(before, step=before.step + 1))
-    other, _ = step(other, batch_at(4))
+    other, _ = step(other, make_batch(4))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(other.params),
                  jax.device_get(state.params))  # fmt: skip
