@@ -44,11 +44,21 @@ export TINYLLAMA_REWOUND=$logs/rewound
 rm -f "$TINYLLAMA_REWOUND"
 # shellcheck source=launch/restart.sh
 source launch/restart.sh
-# In place of the one that knows a single process on this machine.
+# In place of the one that knows a single process on this machine. jax tells the others.
 pass_on() {
     asked=$1
-    # jax tells the others.
-    [[ -f $logs/0.pid ]] && on 0 "kill -$1 \$(cat $(printf %q "$logs/0.pid"))" &
+    signal_first "$1" &
+}
+# signal_first SIGNAL: to process 0, when it has started.
+signal_first() {
+    local waited
+    for ((waited = 0; waited < 120; waited++)); do
+        if [[ -f $logs/0.pid ]]; then
+            on 0 "kill -$1 \$(cat $(printf %q "$logs/0.pid"))"
+            return
+        fi
+        sleep 1
+    done
 }
 # ssh hands no variables on.
 handed_on=""
@@ -88,6 +98,7 @@ start() {
                 ;;
         esac
     done
+    rm -f "$logs"/*.pid # a number may be another's by the next start
     return "${first_error:-$worst}"
 }
 

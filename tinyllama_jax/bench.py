@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
     resume = commands.add_parser("resume", help="seconds to save, restore and take the first step")
     _add_model(resume)
-    resume.add_argument("--directory", type=pathlib.Path, help="on the disk to be measured")
+    resume.add_argument("--directory", type=pathlib.Path, help="where to write; default: temporary")
 
     commands.add_parser("report", help="the measured results in the repository, in Markdown")
     for command in (attention, loss, train, decode, resume):
@@ -281,7 +281,7 @@ def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
     asked = _model(arguments)
     model = resume.fitted(asked)
     if model != asked:
-        print(f"{asked.num_layers} layers do not fit into memory here; {model.num_layers} do")
+        print(f"{asked.num_layers} layers are not expected to fit into memory here; with fewer")
     rows = resume.measure(model, arguments.directory, rounds=arguments.rounds)
     size = rows[0]["bytes"]
     print(
@@ -295,7 +295,7 @@ def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
     says = {
         "stall": "training is held up by a save",
         "save": f"until it is sealed ({size / 1e9 / seconds['save']:.2f} GB/s)",
-        "restore": f"and verified ({size / 1e9 / seconds['restore']:.2f} GB/s)",
+        "restore": f"from page cache, and verified ({size / 1e9 / seconds['restore']:.2f} GB/s)",
         "compile": "the step",
         "first_step": f"of {jax.device_count()} rows of 32 tokens",
     }

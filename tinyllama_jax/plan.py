@@ -62,8 +62,9 @@ def main(argv: list[str]) -> None:
         print(f"\nwritten to {_HTML.value}")
     best = report.ranked(tried)[0]
     if best.fits:
-        change = "" if plan.fits else f" {best.change}"
-        memory = f"{report.MORE_MEMORY} " if report.needs_more_memory(best) else ""
+        chosen = plan if plan.fits else best
+        change = f" {chosen.change}" if chosen.change else ""
+        memory = f"{report.MORE_MEMORY} " if report.needs_more_memory(chosen) else ""
         arguments = f"{door.settings_given()}{change}"
         start = "python -m tinyllama_jax.train"
         if cluster.hosts > 1:
@@ -90,6 +91,7 @@ def _search(config: Config, cluster, shape: tuple[int, int, int]) -> list:
     from tinyllama_jax.parallel.mesh import AXES
 
     tried: list = []
+    seen: set = set()
     rows = config.training.micro_batch_size
     data, fsdp, tensor = shape
 
@@ -102,8 +104,9 @@ def _search(config: Config, cluster, shape: tuple[int, int, int]) -> list:
             change.append(f"--config.training.micro_batch_size={rows}")
         if shape != (data, fsdp, tensor):
             change += [f"--config.mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True)]
-        if not change:
+        if not change or tuple(change) in seen:
             return
+        seen.add(tuple(change))
         other = dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, **model),
@@ -118,7 +121,7 @@ def _search(config: Config, cluster, shape: tuple[int, int, int]) -> list:
         attempt(remat=remat, scan_unroll=unroll)
     attempt(rows=2 * rows)
     if rows > 1:
-        attempt(rows=rows // 2)
+        attempt(rows=rows // 2, remat="none", scan_unroll=0)
         attempt(rows=rows // 2, remat="dots", scan_unroll=0)
     shapes = []
     if cluster.gpus_per_host % tensor == 0:  # parts within a machine, copies over machines
@@ -127,11 +130,9 @@ def _search(config: Config, cluster, shape: tuple[int, int, int]) -> list:
         shapes += [(2 * data, fsdp // 2, tensor), (data, fsdp // 2, 2 * tensor)]
     for other in dict.fromkeys(shapes):
         attempt(other)
-    full = rows
     while rows > 1 and not any(plan.fits for plan in tried):
         rows //= 2
-        # Of half the rows the two fastest were tried already.
-        for remat, unroll in _REMATS if 2 * rows < full else _REMATS[2:]:
+        for remat, unroll in _REMATS:
             attempt(rows=rows, remat=remat, scan_unroll=unroll)
     return tried
 

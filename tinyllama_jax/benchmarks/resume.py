@@ -51,7 +51,8 @@ def measure(model: ModelConfig, directory: Path | None, *, rounds: int) -> list[
 
     Args:
       model: the shape; it must divide over the devices.
-      directory: on the disk to be measured; None: where temporary files go.
+      directory: where it is written, and read back from what the system still holds of it in
+        memory; None: where temporary files go.
       rounds: how often.
 
     Returns:
@@ -90,8 +91,7 @@ def measure(model: ModelConfig, directory: Path | None, *, rounds: int) -> list[
             began = time.perf_counter()
             compiled = step.lower(restored.state, batch).compile()
             ready = time.perf_counter()
-            _, metrics = compiled(restored.state, batch)
-            float(metrics["loss"])
+            float(compiled(restored.state, batch)[1]["loss"])
             rows.append({
                 "bytes": size,
                 "stall_seconds": stall,

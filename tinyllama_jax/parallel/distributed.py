@@ -111,12 +111,12 @@ def from_main(value: Any) -> Any:
     return json.loads(_exchange(json.dumps(value) if is_main() else "")[0])
 
 
-def _exchange(text: str) -> list[str]:
+def _exchange(text: str, patience_ms: int = _PATIENCE_MS) -> list[str]:
     """What every process says, by its number."""
     client, number = _client(), next(_agreements)
     place = f"agreement/{number}"
     client.key_value_set(f"{place}/{jax.process_index()}", text)
-    client.wait_at_barrier(f"{place}/all said", _PATIENCE_MS)
+    client.wait_at_barrier(f"{place}/all said", patience_ms)
     said = {key.rsplit("/", 1)[1]: value for key, value in client.key_value_dir_get(place)}
     return [said[str(n)] for n in range(jax.process_count())]
 
@@ -178,14 +178,15 @@ class _Peers:
                 heartbeat_timeout_seconds=peer_seconds,
                 initialization_timeout=_INITIALIZATION_SECONDS,
             )
+            # All meet here once more, to tell each other of their devices and hosts.
+            self._count, self._number = jax.process_count(), jax.process_index()
+            self._hosts = _exchange(socket.gethostname(), 1000 * _INITIALIZATION_SECONDS)
         except RuntimeError as error:
             self._not_found(str(error).splitlines()[0])
         from jax._src.distributed import global_state
 
         self._coordinator = str(global_state.coordinator_address)
-        self._count, self._number = jax.process_count(), jax.process_index()
         self._joined = True
-        self._hosts = _exchange(socket.gethostname())
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def leave_together(self, code: int) -> None:
@@ -261,7 +262,8 @@ class _Peers:
     def _not_found(self, reason: str) -> NoReturn:
         print(
             f"\nthe processes of this run did not find each other within {_INITIALIZATION_SECONDS} "
-            f"s ({reason}): look whether all were started, and whether the first one's host and "
+            f"s, or one was lost meanwhile ({reason}): look whether all were started, and whether "
+            f"the first one's host and "
             f"port ({os.environ.get(_ADDRESS, 'found by jax')}) can be reached from here; ends "
             f"with exit code {LOST_PEER}, to be started again",
             file=sys.stderr, flush=True,
