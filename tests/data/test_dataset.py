@@ -2,13 +2,12 @@
 
 import dataclasses
 import hashlib
-import threading
-import time
 
 import numpy as np
 import pytest
 
 from tinyllama_jax.config import Config, DataConfig, EvaluationConfig, SourceConfig, TrainingConfig
+from tinyllama_jax.data import read_ahead
 from tinyllama_jax.data.dataset import TrainingDataset, ValidationDataset, open_datasets
 from tinyllama_jax.data.pages import DamagedDataError
 from tinyllama_jax.data.stream import Stream
@@ -203,10 +202,6 @@ def test_the_fingerprint_covers_order_and_content(prepared, tmp_path, write_spli
 # --- prefetch
 
 
-def reading_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
-
-
 def test_prefetch_gives_the_batches_in_order(prepared):
     dataset = make(prepared)
     with dataset.prefetch(3, 20) as batches:
@@ -214,49 +209,7 @@ def test_prefetch_gives_the_batches_in_order(prepared):
     assert len(found) == 17
     for step, batch in enumerate(found, start=3):
         np.testing.assert_array_equal(batch.tokens, dataset.batch_at(step).tokens)
-    assert reading_threads() == []
-
-
-def test_prefetch_reads_ahead_but_not_further_than_asked(prepared, monkeypatch):
-    dataset = make(prepared)
-    asked = []
-    read = dataset.batch_at
-    monkeypatch.setattr(dataset, "batch_at", lambda step: asked.append(step) or read(step))
-    with dataset.prefetch(0, 100, depth=3) as batches:
-        next(batches)
-        deadline = time.monotonic() + 10
-        while len(asked) < 4 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.02)
-        assert asked == [0, 1, 2, 3]
-    assert reading_threads() == []
-
-
-def test_prefetch_raises_an_error_at_its_step(prepared, monkeypatch):
-    dataset = make(prepared)
-    read = dataset.batch_at
-
-    def failing(step):
-        if step == 4:
-            raise DamagedDataError("page 7")
-        return read(step)
-
-    monkeypatch.setattr(dataset, "batch_at", failing)
-    found = []
-    with pytest.raises(DamagedDataError, match="page 7"), dataset.prefetch(0, 100) as batches:
-        for batch in batches:
-            found.append(batch)
-    assert len(found) == 4
-    assert reading_threads() == []
-
-
-def test_prefetch_ends_with_the_loop_that_reads_it(prepared):
-    with pytest.raises(KeyboardInterrupt), make(prepared).prefetch(0, 10**9) as batches:
-        next(batches)
-        assert len(reading_threads()) == 1
-        raise KeyboardInterrupt
-    assert reading_threads() == []
-    with make(prepared).prefetch(5, 5) as batches:
+    with dataset.prefetch(5, 5) as batches:
         assert list(batches) == []
 
 
@@ -347,7 +300,10 @@ def test_what_was_not_prepared_says_how_to(config, tmp_path):
         open_datasets(config, missing, TOKENIZER)
 
 
-def test_a_damaged_page_stops_the_run_and_is_named(config, tmp_path, write_split, make_documents):
+def test_a_damaged_page_stops_the_run_and_is_named(
+    config, tmp_path, write_split, make_documents, monkeypatch
+):
+    monkeypatch.setattr(read_ahead, "_PAUSES", (0.01,))
     for source in WEIGHTS:
         write_split(tmp_path / source / "train", [make_documents(0, 9_000)], source=source)
         write_split(tmp_path / source / "validation", [make_documents(0, 40)], source=source)

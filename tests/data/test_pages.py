@@ -226,14 +226,14 @@ def test_a_damaged_shard_does_not_stand_in_the_way_of_others(copy, flat):
     with pytest.raises(DamagedDataError):
         stream.read(0, 20_000)
     np.testing.assert_array_equal(stream.read(20_000, 9), flat[20_000:20_009])
-    readers.close()
+    readers.reopen()
 
 
-def test_closed_readers_open_again(directory, flat):
+def test_reopened_readers_read_anew(directory, flat):
     readers = ShardReaders()
     stream = Stream(directory, readers)
     stream.read(0, 10)
-    readers.close()
+    readers.reopen()
     np.testing.assert_array_equal(stream.read(0, 10), flat[:10])
 
 

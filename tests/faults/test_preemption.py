@@ -65,6 +65,46 @@ def test_asked_before_the_first_step_of_a_resumed_run(trainer, options):
     assert newest < last_step(run_dir) < STEPS
 
 
+# The door, with held-out text that takes minutes from the evaluation of step 15, or 40, on.
+LONG_EVALUATION = """
+import itertools, runpy
+from tinyllama_jax.data import dataset
+
+batches, calls = dataset.ValidationDataset.batches, itertools.count()
+
+def long_batches(self, rows):
+    times = 1 if next(calls) < BEFORE else 10**6
+    return itertools.chain.from_iterable(itertools.repeat(list(batches(self, rows)), times))
+
+dataset.ValidationDataset.batches = long_batches
+runpy.run_module("tinyllama_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "step, before, options",
+    [
+        (15, 2, {}),  # two sources, evaluated before the first step too
+        pytest.param(40, 6, {}, marks=pytest.mark.slow),
+        pytest.param(40, 6, PAIR, marks=pytest.mark.slow),
+    ],
+)
+def test_an_evaluation_is_left_and_made_up_for(
+    trainer, uninterrupted, request, step, before, options
+):
+    run_dir = trainer.directory / f"evaluating {step} {len(options)}"
+    program = ("-c", LONG_EVALUATION.replace("BEFORE", str(before)))
+    flags = [ONE_ROW] if options else []
+    newest = preempt(
+        trainer, run_dir, signal.SIGTERM, step, which=-1, flags=flags, program=program, **options
+    )
+    assert newest == step
+    trainer.finish(run_dir, *flags, **options)
+    expected = request.getfixturevalue("pair") if options else uninterrupted
+    assert logged(run_dir) == logged(expected)
+    assert saved(run_dir)[STEPS] == saved(expected)[STEPS]
+
+
 @pytest.mark.slow
 def test_all_processes_save_the_same_step_whichever_was_asked(trainer, pair):
     run_dir = trainer.directory / "preempted pair"

@@ -8,19 +8,19 @@ from tests.faults.trainer import logged, saved
 from tinyllama_jax.parallel.distributed import LOST_PEER
 
 PAIR = {"processes": 2, "devices": 2}
-# The door, on a disk that does not answer once: reading the batch of step 17 takes for ever.
+# The door, on a disk that never gives the batch of step 17, whoever reads it.
 HANGING = """
 import runpy, time
 from tinyllama_jax.data import dataset
 
 read = dataset.TrainingDataset.batch_at
 
-def hang_once(self, step):
+def hang(self, step):
     if step == 17:
         time.sleep(1000)
     return read(self, step)
 
-dataset.TrainingDataset.batch_at = hang_once
+dataset.TrainingDataset.batch_at = hang
 runpy.run_module("tinyllama_jax.train", run_name="__main__", alter_sys=True)
 """
 
@@ -29,10 +29,11 @@ def test_a_read_that_hangs_ends_the_process(trainer, uninterrupted):
     run_dir = trainer.directory / "hanging"
     run = trainer.start(run_dir, "--config.watchdog.seconds=4", program=("-c", HANGING))
     assert run.wait() == [LOST_PEER], run.printed()
+    assert "step 17 was not read within 1 s" in run.printed()  # by other threads neither
     assert "no step has finished for 4 s (watchdog.seconds)" in run.printed()
     assert f"what each thread was doing is in {run_dir / 'stacks.txt'}" in run.printed()
     stacks = (run_dir / "stacks.txt").read_text()
-    assert "in hang_once" in stacks and "process 0 of 1" in stacks and "in train" in stacks
+    assert "in hang" in stacks and "process 0 of 1" in stacks and "in train" in stacks
     assert "resumed from step 15\n" in trainer.finish(run_dir)
     assert logged(run_dir) == logged(uninterrupted) and saved(run_dir) == saved(uninterrupted)
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 
 import jax
 
@@ -65,6 +66,7 @@ class Trainer:
         devices: int = 1,
         program: tuple[str, ...] = DOOR,
         other_program: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> "Run":
         """Processes that train in `run_dir`, or go on there, with so many devices each.
 
@@ -73,10 +75,10 @@ class Trainer:
         address = f"localhost:{free_port()}"
         started = []
         for number in range(processes):
-            environment = dict(self.environment)
-            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            variables = self.environment | (environment or {})
+            variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
             if processes > 1:
-                environment |= {
+                variables |= {
                     "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes),
                     "JAX_PROCESS_ID": str(number),
                 }  # fmt: skip
@@ -86,7 +88,7 @@ class Trainer:
                 started.append(
                     subprocess.Popen(
                         [*command, f"--workdir={run_dir}", *self.flags, *flags],
-                        cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                        cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT,
                     )
                 )  # fmt: skip
         return Run(run_dir, started)

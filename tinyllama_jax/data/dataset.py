@@ -8,13 +8,10 @@ hosts.
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import hashlib
-import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import grain
@@ -24,6 +21,7 @@ from tinyllama_jax.config import Config
 from tinyllama_jax.config_rules import skipped_ranges
 from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.data.mixture import Mixture
+from tinyllama_jax.data.read_ahead import read_ahead
 from tinyllama_jax.data.stream import Document, ShardReaders, Stream, Windows
 
 OwnRows = Callable[[int], Sequence[int]]
@@ -66,6 +64,7 @@ class TrainingDataset:
       own_rows: which rows of a batch of so many this process reads; all, unless it is one of
         several.
       skip: batches that are left out, as `data.skip`.
+      patience: seconds until a read counts as hanging, as `read_ahead`; None: never.
     """
 
     def __init__(
@@ -78,10 +77,12 @@ class TrainingDataset:
         seed: int,
         own_rows: OwnRows = range,
         skip: str = "",
+        patience: float | None = None,
     ):
         self.seq_len = seq_len
         self.batch_rows = batch_rows
         self.skip = skip
+        self._patience = patience
         self._own_rows = own_rows(batch_rows)
         # In order of name, so that the order of the config's entries does not matter.
         self.windows = {name: Windows(streams[name], seq_len) for name in sorted(streams)}
@@ -137,6 +138,7 @@ class TrainingDataset:
 
         Raises:
           DamagedDataError: a page that the step needs is damaged.
+          OSError: the disk does not give it.
         """
         rows = self._rows_of(step, self._own_rows)
         ids = np.stack([self.windows[row.source][row.window] for row in rows])
@@ -179,33 +181,18 @@ class TrainingDataset:
             digest.update("".join(f"{name} {window}\n" for name, window in rows).encode())
         return digest.hexdigest()
 
-    @contextlib.contextmanager
-    def prefetch(self, start: int, stop: int, depth: int = 2) -> Iterator[Iterator[Batch]]:
-        """A context whose iterator gives the batches of steps `[start, stop)` in order.
+    def prefetch(
+        self, start: int, stop: int, depth: int = 2
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        """A context whose iterator gives the batches of steps `[start, stop)`: `read_ahead`."""
+        return read_ahead(
+            self.batch_at, range(start, stop), reopen=self._reopen, what="the batch after step",
+            depth=depth, patience=self._patience,
+        )  # fmt: skip
 
-        A thread reads up to `depth` steps ahead, from the moment the context is entered until it is
-        left. An error of the thread is raised at the step that it belongs to.
-        """
-        steps = iter(range(start, stop))
-        ahead: collections.deque[Future[Batch]] = collections.deque()
-        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-
-        def request(count: int) -> None:
-            ahead.extend(
-                reader.submit(self.batch_at, step) for step in itertools.islice(steps, count)
-            )
-
-        def batches() -> Iterator[Batch]:
-            while ahead:
-                batch = ahead.popleft().result()
-                request(1)
-                yield batch
-
-        try:
-            request(depth)
-            yield batches()
-        finally:
-            reader.shutdown(cancel_futures=True)
+    def _reopen(self) -> None:
+        for windows in self.windows.values():
+            windows.stream.reopen()
 
     def describe(self, steps: int) -> str:
         """One line per source: its size, what is left out of it, its share of the rows, and how
@@ -246,11 +233,20 @@ class ValidationDataset:
       stream: the validation split; at least two ids.
       seq_len: S, tokens per row.
       max_tokens: how many targets are enough; 0: all. Rounded up to a whole window.
-      own_rows: as `TrainingDataset`.
+      own_rows, patience: as `TrainingDataset`.
     """
 
-    def __init__(self, stream: Stream, *, seq_len: int, max_tokens: int, own_rows: OwnRows = range):
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        seq_len: int,
+        max_tokens: int,
+        own_rows: OwnRows = range,
+        patience: float | None = None,
+    ):
         self.stream = stream
+        self._patience = patience
         self._own_rows = own_rows
         self.seq_len = seq_len
         targets = stream.num_tokens - 1
@@ -276,17 +272,25 @@ class ValidationDataset:
         and the rows that fill up the last batch, hold zeros of loss weight 0.
         """
         own = self._own_rows(rows)
-        for first in range(0, self.num_rows, rows):
+
+        def batch_at(number: int) -> Batch:
             ids = np.zeros((len(own), self.seq_len + 1), np.int32)
             loss_weights = np.zeros((len(own), self.seq_len), np.float32)
-            for row, number in enumerate(own):
-                if first + number >= self.num_rows:
+            for place, own_row in enumerate(own):
+                row = number * rows + own_row
+                if row >= self.num_rows:
                     break
-                start = self._start(first + number)
+                start = self._start(row)
                 count = min(self.seq_len + 1, self.stream.num_tokens - start)
-                ids[row, :count] = self.stream.read(start, count)
-                loss_weights[row, : count - 1] = 1
-            yield _batch(ids, loss_weights)
+                ids[place, :count] = self.stream.read(start, count)
+                loss_weights[place, : count - 1] = 1
+            return _batch(ids, loss_weights)
+
+        with read_ahead(
+            batch_at, range(-(-self.num_rows // rows)), reopen=self.stream.reopen,
+            what=f"{self.stream.manifest.source}: validation batch", patience=self._patience,
+        ) as batches:  # fmt: skip
+            yield from batches
 
 
 class Datasets(NamedTuple):
@@ -316,6 +320,8 @@ def open_datasets(
       ValueError: the data does not fit the config, all reasons at once.
     """
     readers = ShardReaders()
+    # Several readers have their turn before the watchdog ends the process.
+    patience = config.watchdog.seconds / 4 or None
     training: dict[str, Stream] = {}
     validation: dict[str, ValidationDataset] = {}
     problems: list[str] = []
@@ -336,7 +342,7 @@ def open_datasets(
             if held_out.num_tokens > 1:
                 validation[source.name] = ValidationDataset(
                     held_out, seq_len=config.data.seq_len, max_tokens=config.evaluation.tokens,
-                    own_rows=own_rows,
+                    own_rows=own_rows, patience=patience,
                 )  # fmt: skip
     if problems:
         raise ValueError("\n".join(["the prepared data does not fit the config:", *problems]))
@@ -349,6 +355,7 @@ def open_datasets(
             seed=config.data.seed,
             own_rows=own_rows,
             skip=config.data.skip,
+            patience=patience,
         ),
         validation,
     )

@@ -50,6 +50,17 @@ class Document:
         return f"{self.source}: {self.input_file}, record {self.record}"
 
 
+class _Open:
+    """What `ShardReaders` holds; whoever touches it holds the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.readers: collections.OrderedDict[pathlib.Path, Any] = collections.OrderedDict()
+        self.pages: collections.OrderedDict[tuple[pathlib.Path, int], np.ndarray] = (
+            collections.OrderedDict()
+        )
+
+
 class ShardReaders:
     """Open shards and pages read from them, least recently used first to go; thread-safe.
 
@@ -62,44 +73,46 @@ class ShardReaders:
         if descriptors == resource.RLIM_INFINITY:
             descriptors = 1024
         self._max_open = min(256, max(1, descriptors // 4))
-        self._readers: collections.OrderedDict[pathlib.Path, Any] = collections.OrderedDict()
-        self._pages: collections.OrderedDict[tuple[pathlib.Path, int], np.ndarray] = (
-            collections.OrderedDict()
-        )
-        self._lock = threading.Lock()
+        self._open = _Open()
 
     def page(self, path: pathlib.Path, entry: ShardEntry, page: int, dtype: np.dtype) -> np.ndarray:
         """Page `page` of the shard at `path`: `(8192,)` ids, fewer in a shard's last.
 
         Raises:
           DamagedDataError: the shard is not what `entry` says, or the page's checksum fails.
+          OSError: the disk does not give it.
         """
-        with self._lock:
-            ids = self._pages.get((path, page))
+        held = self._open
+        with held.lock:
+            ids = held.pages.get((path, page))
             if ids is None:
-                ids = _read_page(self._reader(path, entry), path, entry, page, dtype)
-                self._pages[path, page] = ids
-                if len(self._pages) > _CACHED_PAGES:
-                    self._pages.popitem(last=False)
+                ids = _read_page(self._reader(held, path, entry), path, entry, page, dtype)
+                held.pages[path, page] = ids
+                if len(held.pages) > _CACHED_PAGES:
+                    held.pages.popitem(last=False)
             else:
-                self._pages.move_to_end((path, page))
+                held.pages.move_to_end((path, page))
             return ids
 
-    def close(self) -> None:
-        """Closes every open shard and forgets every page; reading again opens them anew."""
-        with self._lock:
-            while self._readers:
-                _close(self._readers.popitem()[1])
-            self._pages.clear()
+    def reopen(self) -> None:
+        """Forgets every open shard and every page; reading again opens them anew.
 
-    def _reader(self, path: pathlib.Path, entry: ShardEntry) -> Any:
-        reader = self._readers.get(path)
+        It waits for nobody: a thread that reads, or hangs there for ever, keeps what it has.
+        """
+        held, self._open = self._open, _Open()
+        if held.lock.acquire(blocking=False):
+            while held.readers:
+                _close(held.readers.popitem()[1])
+            held.lock.release()
+
+    def _reader(self, held: _Open, path: pathlib.Path, entry: ShardEntry) -> Any:
+        reader = held.readers.get(path)
         if reader is None:
-            while len(self._readers) >= self._max_open:
-                _close(self._readers.popitem(last=False)[1])
-            reader = self._readers[path] = _open_shard(path, entry)
+            while len(held.readers) >= self._max_open:
+                _close(held.readers.popitem(last=False)[1])
+            reader = held.readers[path] = _open_shard(path, entry)
         else:
-            self._readers.move_to_end(path)
+            held.readers.move_to_end(path)
         return reader
 
 
@@ -108,9 +121,11 @@ def _open_shard(path: pathlib.Path, entry: ShardEntry) -> Any:
 
     # ArrayRecord opens a file that is missing, truncated or beyond the descriptor limit as one of
     # 0 records and says nothing, hence an open and two counts of our own.
+    # The end is read to see whether the disk answers.
     _check_size(path, entry)
-    with open(path, "rb"):
-        pass
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        file.read()
     try:
         reader = ArrayRecordReader(
             str(path), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER_BYTES
@@ -154,6 +169,10 @@ def _read_page(
     try:
         (record,) = reader.read([page])
     except RuntimeError as error:
+        if "() failed: " in str(error):  # so it tells of a system call
+            raise OSError(
+                f"page {page} of {path} cannot be read: {error}; look whether its disk is there"
+            ) from error
         raise DamagedDataError(
             f"page {page} of {path} is damaged: {error}; {_PREPARE_AGAIN}"
         ) from error
@@ -197,11 +216,16 @@ class Stream:
     def num_tokens(self) -> int:
         return int(self._offsets[-1])
 
+    def reopen(self) -> None:
+        """Reads the files anew from now on, those of streams that share its readers too."""
+        self._readers.reopen()
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids `[start, start + count)` of the stream: `(count,)` int32.
 
         Raises:
           DamagedDataError: a page in that range is not what was written.
+          OSError: the disk does not give it.
         """
         assert min(start, count) >= 0 and start + count <= self.num_tokens, (start, count)
         ids = np.empty(count, np.int32)

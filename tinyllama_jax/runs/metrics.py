@@ -69,6 +69,11 @@ class MetricsWriter:
         if self._events is not None:
             self._events.purge_step = step + 1 if step > 0 else 0
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the losses on held-out text were written at a step."""
+        records = (_decoded(line) for line in self._path.read_bytes().split(b"\n"))
+        return any(r is not None and r["step"] == step and "eval/loss" in r for r in records)
+
     def close(self) -> None:
         self._tolerating_failure(self._flush)
         os.close(self._file)
@@ -117,6 +122,9 @@ class NoMetrics:
     def write(self, record: Mapping[str, Any]) -> None: ...
 
     def rewind(self, step: int) -> None: ...
+
+    def has_evaluation(self, step: int) -> bool:
+        return False  # of the file that it does not write
 
     def __enter__(self) -> NoMetrics:
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +16,8 @@ import jax
 from tinyllama_jax.config import Config
 from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.kernels.attention import api as attention
-from tinyllama_jax.model.llama import Llama
-from tinyllama_jax.parallel import distributed, mesh, rules
+from tinyllama_jax.model.llama import Llama, Params
+from tinyllama_jax.parallel import distributed, rules
 from tinyllama_jax.progress import Progress
 from tinyllama_jax.runs.checkpoint import Checkpointer
 from tinyllama_jax.runs.directory import keep_skip
@@ -31,10 +31,10 @@ from tinyllama_jax.training.step import (
     Metrics,
     TrainState,
     init_state,
-    make_eval_step,
     make_train_step,
 )
 from tinyllama_jax.training.timing import StepTimer
+from tinyllama_jax.training.validation import Interrupted, ValidationData, describe, make_validation
 from tinyllama_jax.training.watchdog import Watchdog
 
 # Names a file that a launcher wants to see once --resume=STEP has been obeyed: it then starts again
@@ -58,12 +58,6 @@ class TrainingData(Protocol):
     def batch_number(self, step: int) -> int: ...
 
     def documents_at(self, step: int) -> Sequence[Sequence[object]]: ...
-
-
-class ValidationData(Protocol):
-    """What the loop asks of a source's held-out text; `data.dataset.ValidationDataset`."""
-
-    def batches(self, rows: int) -> Iterator[Batch]: ...
 
 
 def train(
@@ -102,7 +96,8 @@ def train(
     model = Llama(config.model)
     optimizer = make_optimizer(config.optimizer)
     step_fn = make_train_step(model, loss_fn, optimizer, config)
-    evaluate = _make_evaluation(config, validation, make_eval_step(model, loss_fn))
+    reached = preemption.reached if preemption is not None else lambda: False
+    validate = make_validation(config, model, loss_fn, validation, interrupted=reached)
     total_steps = config.total_steps
     batch_rows = config.batch_rows
 
@@ -124,21 +119,31 @@ def train(
             state = fresh(checkpoints.restore_initial_params(shapes.params))
             keep()
         start = int(state.step)
+
+        def is_evaluated(step: int) -> bool:
+            return step in (0, total_steps) or _is_due(step, config.evaluation.every_steps)
+
+        def evaluate(step: int, params: Params, say: Callable[[str], None]) -> bool:
+            """Writes the losses on held-out text; False: the process is to end before."""
+            try:
+                losses = validate(params)
+            except Interrupted:
+                return False
+            if losses:
+                writer.write(_at(step, config) | losses)
+                say(f"step {step}: {describe(losses)}")
+            return True
+
+        # A start that was asked to end may have left its last step without.
+        if (
+            is_evaluated(start)
+            and not distributed.from_main(writer.has_evaluation(start))
+            and not evaluate(start, state.params, functools.partial(print, flush=True))
+        ):
+            raise Preempted(_asked_to_end(start, start))
         if start >= total_steps:
             print(f"step {start} of {total_steps}: the token budget is spent")
             return state
-
-        began = time.perf_counter()
-        batch = rules.place_rows(data.batch_at(start), batch_rows)
-        compiled_step = step_fn.lower(state, batch).compile()
-        del batch
-        seconds = time.perf_counter() - began
-        chosen = attention.resolve(
-            model.compute_dtype, config.model.head_dim, config.data.seq_len,
-            config.data.document_mask,
-        )  # fmt: skip
-        name = config.model.attention.replace("auto", chosen)
-        print(f"compiled the train step in {seconds:.1f} s, attention: {name}", flush=True)
 
         timer = StepTimer(config)
         with (
@@ -146,6 +151,20 @@ def train(
             Progress(total_steps, "steps", initial=start) as progress,
             Watchdog(run_dir, config.watchdog.seconds) as watchdog,
         ):
+            with timer.paused(), watchdog.paused():
+                began = time.perf_counter()
+                first_batch = next(batches)
+                compiled_step = step_fn.lower(
+                    state, rules.place_rows(first_batch, batch_rows)
+                ).compile()
+                seconds = time.perf_counter() - began
+            chosen = attention.resolve(
+                model.compute_dtype, config.model.head_dim, config.data.seq_len,
+                config.data.document_mask,
+            )  # fmt: skip
+            name = config.model.attention.replace("auto", chosen)
+            progress.say(f"compiled the train step in {seconds:.1f} s, attention: {name}")
+            batches = itertools.chain([first_batch], batches)
 
             def finish(step: int, metrics: Metrics) -> None:
                 """Waits for a step on the device, and logs it where it is due."""
@@ -171,10 +190,6 @@ def train(
 
             check = make_checks(model, loss_fn, config)
 
-            if start == 0:
-                with timer.paused(), watchdog.paused():
-                    evaluate(0, state, writer, progress)
-
             in_flight: tuple[int, Metrics] | None = None
             for step in range(start + 1, total_steps + 1):
                 with timer.waiting_for_data():
@@ -190,27 +205,21 @@ def train(
                 in_flight = (step, metrics)
 
                 last = step == total_steps
-                evaluation_due = last or _is_due(step, config.evaluation.every_steps)
-                preempted = preemption is not None and preemption.reached() and not last
-                save_due = last or preempted or _is_due(step, config.checkpoint.every_steps)
-                if preempted:
-                    evaluation_due = False
-                if evaluation_due or save_due:
+                preempted = reached()
+                save_due = last or _is_due(step, config.checkpoint.every_steps)
+                if preempted or save_due or is_evaluated(step):
                     # Every line up to a step is written before the step can be restored.
                     finish(*in_flight)
                     in_flight = None
                 with timer.paused(), watchdog.paused():
-                    if evaluation_due:
-                        evaluate(step, state, writer, progress)
-                    if save_due:
+                    complete = not is_evaluated(step) or evaluate(step, state.params, progress.say)
+                    preempted = not complete or (preempted and not last)
+                    if save_due or preempted:
                         save(step, state)
                     if preempted:
                         saved = checkpoints.saved()
                         goes_on = step if saved else max(checkpoints.steps(), default=0)
-                        raise Preempted(
-                            f"asked to end at step {step}; start the same command again, and it "
-                            f"goes on from step {goes_on}"
-                        )
+                        raise Preempted(_asked_to_end(step, goes_on))
         if not checkpoints.saved():
             checkpoints.save(total_steps, state, _metadata(total_steps, data, config))
             if not checkpoints.saved():
@@ -268,37 +277,6 @@ def _resumed(
     return restored.state
 
 
-def _make_evaluation(
-    config: Config,
-    validation: Mapping[str, ValidationData],
-    eval_step: Callable[..., tuple[jax.Array, jax.Array]],
-) -> Callable[[int, TrainState, Writer, Progress], None]:
-    """Evaluation of every source, and their mean weighted like the training mixture."""
-    weights = {source.name: source.weight for source in config.data.sources}
-
-    def source_loss(state: TrainState, batches: Iterator[Batch], rows: int) -> float:
-        sums = [eval_step(state.params, rules.place_rows(batch, rows)) for batch in batches]
-        losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
-        return math.fsum(losses) / math.fsum(counts)
-
-    def evaluate(step: int, state: TrainState, writer: Writer, progress: Progress) -> None:
-        rows = config.training.micro_batch_size * mesh.parts(mesh.BATCH)
-        losses = {
-            name: source_loss(state, source.batches(rows), rows)
-            for name, source in validation.items()
-        }
-        if not losses:
-            return
-        share = {name: weights.get(name, 1.0) for name in losses}
-        mean = sum(share[n] * loss for n, loss in losses.items()) / sum(share.values())
-        record = {f"eval/{name}/loss": loss for name, loss in losses.items()}
-        writer.write(_at(step, config) | record | {"eval/loss": mean})
-        each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        progress.say(f"step {step}: validation loss {mean:.4f} ({each})")
-
-    return evaluate
-
-
 def _keep_skip(run_dir: Path, skip: str) -> None:
     with distributed.together():
         if distributed.is_main():
@@ -323,6 +301,13 @@ def _too_many_skipped(step: int, metrics: Metrics, config: Config, data: Trainin
         f"no longer learns. Start it again from an earlier step and past these batches with "
         f"--resume=STEP --skip_steps={first}:{end}, or lower the learning rate. Documents of the "
         f"last batch's first rows:{shown}"
+    )
+
+
+def _asked_to_end(step: int, goes_on: int) -> str:
+    return (
+        f"asked to end at step {step}; start the same command again, and it goes on from step "
+        f"{goes_on}"
     )
 
 

@@ -31,6 +31,7 @@ class Preemption:
     def __init__(self) -> None:
         self._asked_at: float | None = None
         self._calls = 0
+        self._reached = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Preemption:
@@ -45,15 +46,20 @@ class Preemption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def reached(self) -> bool:
-        """Whether all processes are to save now, and end; each asks once after each step."""
+        """Whether all processes are to save now, and end.
+
+        All ask alike: after each step, and before each batch that is evaluated.
+        """
         self._calls += 1
         if jax.process_count() == 1:
             return self._asked_at is not None
         from jax.experimental import multihost_utils
 
-        # Counted from this start on: jax looks for the one call that it has chosen, which, asked
+        # Counted from this start on: jax tells it at the one call that it has chosen, which, asked
         # before the first step, is the first.
-        return multihost_utils.reached_preemption_sync_point(self._calls)
+        if not self._reached:
+            self._reached = multihost_utils.reached_preemption_sync_point(self._calls)
+        return self._reached
 
     def _listen(self, number: int) -> None:
         self._before[number] = signal.signal(number, self._ask)
