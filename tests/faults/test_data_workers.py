@@ -1,34 +1,10 @@
 """A disk that does not answer, or answers with errors, costs a run nothing but the wait."""
 
-import pathlib
 import re
-import shutil
-import subprocess
 
 import pytest
 
 from tests.faults.trainer import logged, saved
-
-SOURCE = pathlib.Path(__file__).with_name("disk.c")
-
-
-@pytest.fixture(scope="module")
-def failing_disk(tmp_path_factory):
-    """Environment of a process whose reads of shards fail."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("a disk that fails is a C library: no cc on PATH")
-    library = tmp_path_factory.mktemp("disk") / "disk.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=True)
-
-    def environment(fault, path, after, count):
-        return {
-            "LD_PRELOAD": str(library), "FAULT": fault, "FAULT_PATH": path,
-            "FAULT_AFTER": str(after), "FAULT_COUNT": str(count),
-        }  # fmt: skip
-
-    return environment
-
 
 HANGS = "was not read within 2 s (a disk that does not answer?): its reader is left"
 FAILS = "cannot be read: pread() failed: Input/output error"
@@ -54,7 +30,7 @@ def test_the_stream_is_the_same(
     trainer, uninterrupted, failing_disk, fault, path, after, count, told
 ):
     run_dir = trainer.directory / f"disk {fault} {path.strip('/')}"
-    environment = failing_disk(fault, path, after, count)
+    environment = failing_disk(fault, path, after=after, count=count)
     printed = trainer.finish(run_dir, "--config.watchdog.seconds=8", environment=environment)
     for line in told:
         assert len(re.findall(line, printed)) == 1, printed

@@ -111,6 +111,20 @@ def from_main(value: Any) -> Any:
     return json.loads(_exchange(json.dumps(value) if is_main() else "")[0])
 
 
+def tell(what: str, text: str) -> None:
+    """Leaves a text for whichever process asks `told(what)`; once per process and `what`."""
+    if jax.process_count() > 1:
+        _client().key_value_set(f"told/{what}/{jax.process_index()}", text)
+
+
+def told(what: str) -> dict[int, str]:
+    """What processes have left so far, by their number; nobody is waited for."""
+    if jax.process_count() == 1:
+        return {}
+    left = _client().key_value_dir_get(f"told/{what}")
+    return {int(key.rsplit("/", 1)[1]): text for key, text in left}
+
+
 def _exchange(text: str, patience_ms: int = _PATIENCE_MS) -> list[str]:
     """What every process says, by its number."""
     client, number = _client(), next(_agreements)

@@ -33,6 +33,7 @@ from tinyllama_jax.runs.parts import PyTree
 from tinyllama_jax.runs.restore import CHECKPOINTS, first_line, newest_good, read_parts, say
 
 METADATA = "metadata.json"
+_ASK_SECONDS = 1.0
 
 # Orbax logs a traceback per thread of a failed save; `_report_failure` says the same in one line.
 logging.getLogger("absl").addFilter(
@@ -61,6 +62,7 @@ class Checkpointer:
         self._tokens_per_step = tokens_per_step
         self._sealing: threading.Thread | None = None
         self._failed = False
+        self._saves = 0
         self._step_bytes = 0
         if distributed.is_main():
             steps.undo_interrupted_replacement(self._directory)
@@ -81,6 +83,7 @@ class Checkpointer:
         metadata_text = json.dumps(metadata, indent=1) + "\n"  # now, as the caller may change it
         self.wait()
         self._failed = False
+        self._saves += 1
         try:
             with distributed.together():
                 if distributed.is_main():
@@ -104,7 +107,7 @@ class Checkpointer:
 
         def finish() -> None:
             try:
-                writing.result()
+                self._wait_for_all(writing)
                 if not distributed.is_main():
                     return
                 described = integrity.describe(descriptions, jax.device_get(prints))
@@ -112,6 +115,7 @@ class Checkpointer:
                 self._remove_old(step)
             except Exception as error:
                 self._report_failure(step, error)
+                distributed.tell(self._failure, first_line(error))
 
         # Not a daemon: a program that ends without close() still finishes its last save.
         self._sealing = threading.Thread(target=finish, name=f"seal step {step}")
@@ -218,6 +222,27 @@ class Checkpointer:
             params_only = not (self._directory / str(step) / "training").is_dir()
             if step not in keep and not params_only:
                 steps.remove(self._directory / str(step))
+
+    @property
+    def _failure(self) -> str:
+        """What processes tell each other of where the save under way fails."""
+        return f"save {self._saves} failed"
+
+    def _wait_for_all(self, writing: ocp.AsyncResponse[None]) -> None:
+        """Waits until all processes have written their parts; raises where one could not.
+
+        Orbax would wait for that one for 20 minutes, and training with it.
+        """
+        while True:
+            began = time.monotonic()
+            try:
+                return writing.result(timeout=_ASK_SECONDS if jax.process_count() > 1 else None)
+            except TimeoutError:
+                if time.monotonic() - began < _ASK_SECONDS:
+                    raise  # it is not that the write is under way, but how it ended
+                if others := distributed.told(self._failure):
+                    number, text = next(iter(others.items()))
+                    raise OSError(f"process {number} could not write its part: {text}") from None
 
     def _report_failure(self, step: int, error: Exception) -> None:
         self._failed = True
