@@ -145,15 +145,14 @@ def train(
             print(f"step {start} of {total_steps}: the token budget is spent")
             return state
 
-        timer = StepTimer(config)
         with (
             data.prefetch(start, total_steps) as batches,
             Progress(total_steps, "steps", initial=start) as progress,
             Watchdog(run_dir, config.watchdog.seconds) as watchdog,
         ):
-            with timer.paused(), watchdog.paused():
+            first_batch = next(batches)
+            with watchdog.paused():
                 began = time.perf_counter()
-                first_batch = next(batches)
                 compiled_step = step_fn.lower(
                     state, rules.place_rows(first_batch, batch_rows)
                 ).compile()
@@ -189,7 +188,7 @@ def train(
                 progress.say(f"step {step}: saving held training up for {stall:.2f} s")
 
             check = make_checks(model, loss_fn, config)
-
+            timer = StepTimer(config)
             in_flight: tuple[int, Metrics] | None = None
             for step in range(start + 1, total_steps + 1):
                 with timer.waiting_for_data():
