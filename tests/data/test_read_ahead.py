@@ -93,6 +93,26 @@ def test_a_read_that_fails_for_good_raises_in_its_turn():
     assert reading_threads() == []
 
 
+def test_a_slow_read_comes_to_an_end():
+    def read(number):
+        time.sleep(0.1)
+        return number
+
+    with read_ahead(read, range(3), reopen=lambda: None, patience=0.02) as items:
+        assert list(items) == [0, 1, 2]
+
+
+def test_what_does_not_pass_is_raised():
+    def read(number):
+        raise PermissionError(13, "not yours")
+
+    with (
+        pytest.raises(PermissionError),
+        read_ahead(read, range(3), reopen=lambda: None) as items,
+    ):
+        next(items)
+
+
 def test_leaving_does_not_wait_for_another_attempt(monkeypatch):
     monkeypatch.setattr(module, "_PAUSES", (60.0,))
     failed = threading.Event()
@@ -126,8 +146,10 @@ def test_a_read_that_hangs_is_left_and_its_lock_too(hang_at, capsys):
         assert list(items) == list(range(9))
         assert len(locks) == 3
         assert len(reading_threads()) >= 2
-    line = f"page {hang_at} was not read within 0.1 s (a disk that does not answer?): "
-    assert capsys.readouterr().err.count(line) == 2
+    told = capsys.readouterr().err
+    for seconds in ("0.1", "0.2"):
+        line = f"page {hang_at} was not read within {seconds} s (a disk that does not answer?): "
+        assert told.count(line) == 1
     woken.set()  # what it then finds is thrown away, and it ends
     deadline = time.monotonic() + 10
     while reading_threads() and time.monotonic() < deadline:

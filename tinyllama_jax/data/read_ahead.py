@@ -16,6 +16,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+# What does not pass by itself, though the system says it.
+_LASTING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 # Seconds before a failed read is tried again; where the system says that the disk does not answer,
 # every `_LAST_PAUSE` from then on.
 _PAUSES = (1.0, 4.0, 16.0)
@@ -36,10 +38,10 @@ def read_ahead(
     """A context whose iterator gives `read(number)` for each number in order.
 
     A thread reads up to `depth` of them ahead, from the moment the context is entered until it is
-    left. A read that fails is tried again: with an OSError for as long as it takes, with another
-    error three times; then it is raised where its turn comes. A thread that gives nothing for
-    `patience` seconds is left to itself, and another one reads instead. All is told on standard
-    error.
+    left. A read that fails is tried again: with an OSError that may pass for as long as it takes,
+    with another error three times; then it is raised where its turn comes. A thread that gives
+    nothing for `patience` seconds is left to itself, and another one reads instead, for twice as
+    long. All is told on standard error.
 
     Args:
       read: called by the threads; the same for the same number.
@@ -55,15 +57,18 @@ def read_ahead(
     def items() -> Iterator[T]:
         nonlocal reader
         for place, number in enumerate(numbers):
+            seconds = patience
             while True:
                 try:
-                    item = reader.take(patience)
+                    item = reader.take(seconds)
                     break
                 except queue.Empty:
                     _tell(
-                        f"{what} {number} was not read within {patience:g} s (a disk that does not "
+                        f"{what} {number} was not read within {seconds:g} s (a disk that does not "
                         "answer?): its reader is left, and another one reads instead"
                     )
+                # Longer each time: a disk that is merely slow must come to an end.
+                seconds = seconds and 2 * seconds
                 reader.stop()
                 reopen()
                 reader = _Reader(read, numbers[place:], reopen, what, depth)
@@ -134,7 +139,8 @@ class _Reader(Generic[T]):
                 return self._read(number)
             except Exception as error:
                 spent = attempt >= len(_PAUSES)
-                if self._stopped.is_set() or (spent and not isinstance(error, OSError)):
+                may_pass = isinstance(error, OSError) and not isinstance(error, _LASTING)
+                if self._stopped.is_set() or (spent and not may_pass):
                     raise
                 pause = _LAST_PAUSE if spent else _PAUSES[attempt]
                 _tell(
@@ -144,8 +150,8 @@ class _Reader(Generic[T]):
                 self._pausing = True
                 if self._stopped.wait(pause):
                     raise
-                self._reopen()
                 self._pausing = False
+                self._reopen()
         raise AssertionError
 
 

@@ -135,6 +135,7 @@ def _open_shard(path: pathlib.Path, entry: ShardEntry) -> Any:
     pages = reader.num_records()
     if pages != entry.pages:
         _close(reader)
+        _sha256(path)  # raises what ArrayRecord passes over: a disk that does not give the file
         raise DamagedDataError(
             f"{path} is damaged: it opens with {pages} pages and the manifest counts "
             f"{entry.pages}; {_PREPARE_AGAIN}"

@@ -114,7 +114,8 @@ def from_main(value: Any) -> Any:
 def tell(what: str, text: str) -> None:
     """Leaves a text for whichever process asks `told(what)`; once per process and `what`."""
     if jax.process_count() > 1:
-        _client().key_value_set(f"told/{what}/{jax.process_index()}", text)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # `_Peers` sees who is gone
+            _client().key_value_set(f"told/{what}/{jax.process_index()}", text)
 
 
 def told(what: str) -> dict[int, str]:

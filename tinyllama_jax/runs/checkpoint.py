@@ -41,6 +41,10 @@ logging.getLogger("absl").addFilter(
 )
 
 
+class _OtherFailed(OSError):
+    """Another process could not write its part."""
+
+
 class Restored(NamedTuple):
     step: int
     state: PyTree
@@ -114,8 +118,9 @@ class Checkpointer:
                 _seal_and_publish(self._directory, step, described, metadata_text)
                 self._remove_old(step)
             except Exception as error:
+                if not isinstance(error, _OtherFailed):
+                    distributed.tell(self._failure, first_line(error))  # at once: they wait
                 self._report_failure(step, error)
-                distributed.tell(self._failure, first_line(error))
 
         # Not a daemon: a program that ends without close() still finishes its last save.
         self._sealing = threading.Thread(target=finish, name=f"seal step {step}")
@@ -233,16 +238,26 @@ class Checkpointer:
 
         Orbax would wait for that one for 20 minutes, and training with it.
         """
+        if jax.process_count() == 1:
+            return writing.result()
+        # Asked for the result of a failed write, Orbax first waits for all that is left of it.
+        future = writing._thread_runner._future  # type: ignore[attr-defined]
         while True:
             began = time.monotonic()
             try:
-                return writing.result(timeout=_ASK_SECONDS if jax.process_count() > 1 else None)
+                error = future.exception(timeout=_ASK_SECONDS)
+                break
             except TimeoutError:
                 if time.monotonic() - began < _ASK_SECONDS:
-                    raise  # it is not that the write is under way, but how it ended
+                    raise
                 if others := distributed.told(self._failure):
                     number, text = next(iter(others.items()))
-                    raise OSError(f"process {number} could not write its part: {text}") from None
+                    raise _OtherFailed(
+                        f"process {number} could not write its part: {text}"
+                    ) from None
+        if error is not None:
+            raise error
+        writing.result()
 
     def _report_failure(self, step: int, error: Exception) -> None:
         self._failed = True

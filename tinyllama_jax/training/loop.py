@@ -134,7 +134,8 @@ def train(
                 say(f"step {step}: {describe(losses)}")
             return True
 
-        # A start that was asked to end may have left its last step without.
+        # A start that was asked to end may have left its last step without (or other settings now
+        # ask for one there).
         if (
             is_evaluated(start)
             and not distributed.from_main(writer.has_evaluation(start))
