@@ -41,7 +41,7 @@ logging.getLogger("absl").addFilter(
 )
 
 
-class _OtherFailed(OSError):
+class PeerFailed(OSError):
     """Another process could not write its part."""
 
 
@@ -93,6 +93,7 @@ class Checkpointer:
                 if distributed.is_main():
                     self._directory.mkdir(parents=True, exist_ok=True)
                     steps.remove_transient(self._directory)
+                    self._try_to_write(step)
             params, training = parts.split_state(state)
             arrays = parts.named_leaves(params, "params") | training
             self._step_bytes = sum(array.nbytes for array in arrays.values())
@@ -118,7 +119,7 @@ class Checkpointer:
                 _seal_and_publish(self._directory, step, described, metadata_text)
                 self._remove_old(step)
             except Exception as error:
-                if not isinstance(error, _OtherFailed):
+                if not isinstance(error, PeerFailed):
                     distributed.tell(self._failure, first_line(error))  # at once: they wait
                 self._report_failure(step, error)
 
@@ -228,6 +229,15 @@ class Checkpointer:
             if step not in keep and not params_only:
                 steps.remove(self._directory / str(step))
 
+    def _try_to_write(self, step: int) -> None:
+        """Raises OSError where the disk takes nothing, before others wait for this process."""
+        probe = steps.unsealed_path(self._directory, step)
+        probe.mkdir()
+        try:
+            (probe / METADATA).write_bytes(bytes(4096))
+        finally:
+            shutil.rmtree(probe)
+
     @property
     def _failure(self) -> str:
         """What processes tell each other of where the save under way fails."""
@@ -252,9 +262,7 @@ class Checkpointer:
                     raise
                 if others := distributed.told(self._failure):
                     number, text = next(iter(others.items()))
-                    raise _OtherFailed(
-                        f"process {number} could not write its part: {text}"
-                    ) from None
+                    raise PeerFailed(f"process {number} could not write its part: {text}") from None
         if error is not None:
             raise error
         writing.result()
