@@ -33,7 +33,6 @@ runpy.run_module("tinyllama_jax.train", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.slow
 def test_a_flipped_bit_ends_the_run(trainer, uninterrupted):
     run_dir = trainer.directory / "flipped"
     run = trainer.start(run_dir, *FLAGS, devices=4, program=("-c", FLIPPING))

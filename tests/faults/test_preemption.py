@@ -49,8 +49,9 @@ def test_asked_twice_at_once_is_asked_once(trainer):
     assert run.wait() == [75], run.printed()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, PAIR], ids=["one", "pair"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param(PAIR, marks=pytest.mark.slow)], ids=["one", "pair"]
+)
 def test_asked_before_the_first_step_of_a_resumed_run(trainer, options):
     run_dir = trainer.directory / f"asked early {len(options)}"
     newest = preempt(trainer, run_dir, signal.SIGTERM, 7, flags=[ONE_ROW], **options)
@@ -85,7 +86,7 @@ runpy.run_module("tinyllama_jax.train", run_name="__main__", alter_sys=True)
     "step, before, options",
     [
         (15, 2, {}),  # two sources, evaluated before the first step too
-        pytest.param(40, 6, {}, marks=pytest.mark.slow),
+        (40, 6, {}),
         pytest.param(40, 6, PAIR, marks=pytest.mark.slow),
     ],
 )

@@ -1,13 +1,10 @@
 """The train step under a mesh, on 8 fake devices."""
 
-import pytest
-
 
 def test_a_sharded_step_is_the_step(on_devices):
     on_devices("step_on_mesh")
 
 
-@pytest.mark.slow
 def test_planted_faults_are_found(on_devices):
     """Sums left out along an axis, and a rule transposed: the very comparison above must fail."""
     found = dict(line.split(": ", 1) for line in on_devices("step_on_mesh", "faults").splitlines())
