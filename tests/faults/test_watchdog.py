@@ -30,7 +30,7 @@ def test_a_read_that_hangs_ends_the_process(trainer, uninterrupted):
     run = trainer.start(run_dir, "--config.watchdog.seconds=4", program=("-c", HANGING))
     assert run.wait() == [LOST_PEER], run.printed()
     assert "step 17 was not read within 1 s" in run.printed()  # by other threads neither
-    assert "no step has finished for 4 s (watchdog.seconds)" in run.printed()
+    assert "has finished for 4 s (watchdog.seconds)" in run.printed()
     assert f"what each thread was doing is in {run_dir / 'stacks.txt'}" in run.printed()
     stacks = (run_dir / "stacks.txt").read_text()
     assert "in hang" in stacks and "process 0 of 1" in stacks and "in train" in stacks
@@ -43,7 +43,7 @@ def test_a_peer_that_hangs_ends_all(trainer):
     """The second process is frozen: it neither works nor tells that it lives."""
     run_dir = trainer.directory / "frozen"
     run = trainer.start(
-        run_dir, "--config.training.micro_batch_size=1", "--config.watchdog.seconds=4", **PAIR
+        run_dir, "--config.training.micro_batch_size=1", "--config.watchdog.seconds=10", **PAIR
     )
     run.until_step(12)
     run.processes[1].send_signal(signal.SIGSTOP)
@@ -52,3 +52,14 @@ def test_a_peer_that_hangs_ends_all(trainer):
     assert run.wait(40) == [LOST_PEER, LOST_PEER], run.printed()
     assert "process 0 of 2 ends with exit code 76" in run.printed()
     assert "lost process 0 on " in run.printed()
+
+
+def test_an_evaluation_whose_disk_stays_away_ends_the_process(trainer, failing_disk):
+    """The first one, ahead of every step; from then on as the steps are watched."""
+    run_dir = trainer.directory / "no held-out text"
+    environment = failing_disk("hang", "*/validation/*", after=1)
+    run = trainer.start(run_dir, "--config.watchdog.seconds=4", environment=environment)
+    assert run.wait() == [LOST_PEER], run.printed()
+    assert "validation batch 0 was not read within 1 s" in run.printed()
+    assert "no batch of an evaluation, has finished for 4 s" in run.printed()
+    assert "in validate" in (run_dir / "stacks.txt").read_text()

@@ -79,6 +79,24 @@ def test_what_goes_on_and_what_went_wrong(run_dir, capsys):
     assert "[FAIL] checkpoints: none is whole" in capsys.readouterr().out
 
 
+def test_saves_that_failed_are_told_with_the_reason(run_dir, capsys):
+    failed = {"step": 9, "tokens_seen": 900, "save_failed": "no space", "time": BEGAN + 470}
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(failed) + "\n")
+    assert told(run_dir)["saves"].endswith(
+        "4.00 s at most; 1 failed, the last at step 9 (no space), and none has succeeded since: "
+        "make room, or make it writable"
+    )
+    with pytest.raises(SystemExit, match="1"):
+        doctor.main(["doctor", str(run_dir)])
+    assert "[FAIL] saves: 1, which" in capsys.readouterr().out
+    (run_dir / "checkpoints/10").mkdir(parents=True)
+    (run_dir / "checkpoints/10/integrity.json").touch()
+    [finding] = [f for f in examine_run(run_dir) if f.subject == "saves"]
+    assert finding.text.endswith("failed, the last at step 9 (no space)")
+    assert finding.level == "warning"
+
+
 def test_a_run_that_is_none(tmp_path):
     with pytest.raises(ValueError, match="there is no run directory at"):
         doctor.main(["doctor", str(tmp_path / "no")])

@@ -11,6 +11,7 @@ import itertools
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -96,24 +97,30 @@ class _Reader(Generic[T]):
         self._items: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
         self._room = threading.Semaphore(depth)
         self._stopped = threading.Event()
-        self._pausing = False
+        self._reading_since: float | None = None
         # A daemon, as a process must be able to end while one hangs.
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
     def take(self, patience: float | None) -> T:
-        """The next item; raises queue.Empty where none came in time, or the reader's error."""
+        """The next item; raises the reader's error, or queue.Empty where a read takes too long."""
         while True:
             try:
-                item, error = self._items.get(timeout=patience)
+                left = None if patience is None else max(0.01, patience - self._reading_seconds())
+                item, error = self._items.get(timeout=left)
                 break
             except queue.Empty:
-                if not self._pausing:
+                if patience is not None and self._reading_seconds() >= patience:
                     raise
         self._room.release()
         if error is not None:
             raise error
         return item  # type: ignore[return-value]
+
+    def _reading_seconds(self) -> float:
+        """How long the read under way has taken; 0 between reads."""
+        since = self._reading_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def stop(self) -> None:
         self._stopped.set()
@@ -135,7 +142,10 @@ class _Reader(Generic[T]):
 
     def _persistently(self, number: int) -> T:
         for attempt in itertools.count():
+            self._reading_since = time.monotonic()
             try:
+                if attempt:
+                    self._reopen()
                 return self._read(number)
             except Exception as error:
                 spent = attempt >= len(_PAUSES)
@@ -143,15 +153,15 @@ class _Reader(Generic[T]):
                 if self._stopped.is_set() or (spent and not may_pass):
                     raise
                 pause = _LAST_PAUSE if spent else _PAUSES[attempt]
+                self._reading_since = None
                 _tell(
                     f"{self._what} {number} could not be read ({str(error) or repr(error)}); "
                     f"trying again in {pause:g} s"
                 )
-                self._pausing = True
                 if self._stopped.wait(pause):
                     raise
-                self._pausing = False
-                self._reopen()
+            finally:
+                self._reading_since = None
         raise AssertionError
 
 

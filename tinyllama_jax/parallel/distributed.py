@@ -227,6 +227,8 @@ class _Peers:
             _client().key_value_set(f"failed/{self._number}", str(error) or type(error).__name__)
             if self._number == 0:  # with it the service ends
                 time.sleep(2 * _ASK_SECONDS)
+            # Else threads of a save that was given up would keep the process for 20 minutes.
+            jax.distributed.shutdown()
 
     def explain(self, error: Exception) -> None:
         """After a failed collective: ends the process where a peer is lost, else returns."""

@@ -14,8 +14,10 @@ chooses, verifies files, seals and deletes. All must call `save`, `restore` and 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import queue
 import shutil
 import threading
 import time
@@ -34,6 +36,8 @@ from tinyllama_jax.runs.restore import CHECKPOINTS, first_line, newest_good, rea
 
 METADATA = "metadata.json"
 _ASK_SECONDS = 1.0
+_NONE_SAVED = "no step is saved yet"
+_saves = itertools.count()  # all processes come to the same ones in the same order
 
 # Orbax logs a traceback per thread of a failed save; `_report_failure` says the same in one line.
 logging.getLogger("absl").addFilter(
@@ -66,7 +70,8 @@ class Checkpointer:
         self._tokens_per_step = tokens_per_step
         self._sealing: threading.Thread | None = None
         self._failed = False
-        self._saves = 0
+        self._failures: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self._failure = ""  # what processes tell each other of where the save under way fails
         self._step_bytes = 0
         if distributed.is_main():
             steps.undo_interrupted_replacement(self._directory)
@@ -87,7 +92,7 @@ class Checkpointer:
         metadata_text = json.dumps(metadata, indent=1) + "\n"  # now, as the caller may change it
         self.wait()
         self._failed = False
-        self._saves += 1
+        self._failure = f"save {next(_saves)} failed"
         try:
             with distributed.together():
                 if distributed.is_main():
@@ -206,6 +211,10 @@ class Checkpointer:
             return False
         return True
 
+    def failures(self) -> list[tuple[int, str]]:
+        """The steps that could not be saved, with the reason: of main, those not given before."""
+        return [self._failures.get() for _ in range(self._failures.qsize())]
+
     def close(self) -> None:
         self.wait()
 
@@ -238,11 +247,6 @@ class Checkpointer:
         finally:
             shutil.rmtree(probe)
 
-    @property
-    def _failure(self) -> str:
-        """What processes tell each other of where the save under way fails."""
-        return f"save {self._saves} failed"
-
     def _wait_for_all(self, writing: ocp.AsyncResponse[None]) -> None:
         """Waits until all processes have written their parts; raises where one could not.
 
@@ -272,16 +276,23 @@ class Checkpointer:
         if not distributed.is_main():
             say(f"step {step} could not be saved: {first_line(error)}", by_all=True)
             return
+        self._failures.put((step, first_line(error)))
+        if jax.process_count() > 1:
+            # One whose files go before it has asked would tell of that instead of the reason.
+            time.sleep(2 * _ASK_SECONDS)
         try:
             steps.remove_transient(self._directory)
             free = f"{shutil.disk_usage(self._directory.parent).free / 1e9:.3f} GB are free there"
         except OSError as also:
             free = f"and cleaning up failed too: {also}"
-        good = self.steps()
+        try:
+            good = self.steps()
+            newest = f"step {good[-1]} is the newest to resume from" if good else _NONE_SAVED
+        except OSError as also:
+            newest = f"which steps there are cannot be seen ({also})"
         say(
-            f"step {step} could not be saved: {first_line(error)}; training goes on, and "
-            + (f"step {good[-1]} is the newest to resume from" if good else "no step is saved yet")
-            + f". Make {self._directory} writable with room for a step "
+            f"step {step} could not be saved: {first_line(error)}; training goes on, and {newest}. "
+            f"Make {self._directory} writable with room for a step "
             f"({self._step_bytes / 1e9:.3f} GB; {free}); the next save tries again"
         )
 

@@ -200,6 +200,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for record in records if record is not None]
 
 
+def read_discarded(run_dir: Path) -> list[dict[str, Any]]:
+    """The records that a start had written beyond the step that a later one went on from."""
+    path = Path(run_dir) / DISCARDED
+    records = (_decoded(line) for line in path.read_bytes().split(b"\n")) if path.exists() else ()
+    return [record for record in records if record is not None]
+
+
 def _move_lines(run_dir: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Moves the lines that are not kept, or are no records, to the discarded ones."""
     path, discarded_path = run_dir / METRICS, run_dir / DISCARDED

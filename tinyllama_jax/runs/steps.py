@@ -8,14 +8,18 @@ kill leaves nothing half done under a step's own name.
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllama_jax.durable import sync_directory
 from tinyllama_jax.runs import integrity
 
+# Somebody writes or deletes there too: a process that has not yet given a save up.
+_IN_USE = (errno.ENOTEMPTY, errno.ENOENT)
 _TRANSIENT = re.compile(r"\d+\.(unsealed|replaced|superseded|removed)")
 
 
@@ -85,7 +89,20 @@ def remove_transient(directory: Path) -> None:
     """Deletes what killed or failed saves and deletions have left."""
     for path in directory.iterdir() if directory.is_dir() else ():
         if _TRANSIENT.match(path.name):
+            _delete_in_use(path)
+
+
+def _delete_in_use(path: Path) -> None:
+    for attempts_left in (2, 1, 0):
+        try:
             shutil.rmtree(path)
+            return
+        except OSError as error:
+            if not path.exists():
+                return
+            if not (attempts_left and error.errno in _IN_USE):
+                raise
+            time.sleep(1)
 
 
 def step_directories(directory: Path) -> list[Path]:

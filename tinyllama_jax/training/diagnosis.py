@@ -12,7 +12,7 @@ from typing import Any
 from tinyllama_jax.runs import integrity, steps
 from tinyllama_jax.runs.directory import ENVIRONMENT, read_config
 from tinyllama_jax.runs.lock import holder_of
-from tinyllama_jax.runs.metrics import DISCARDED, read_metrics
+from tinyllama_jax.runs.metrics import read_discarded, read_metrics
 from tinyllama_jax.runs.restore import CHECKPOINTS
 from tinyllama_jax.training.preflight import Finding
 from tinyllama_jax.training.watchdog import STACKS
@@ -28,10 +28,11 @@ def examine_run(run_dir: Path) -> list[Finding]:
       ValueError: it is none, or has logged nothing yet.
     """
     config = read_config(run_dir)
-    records = [record for record in read_metrics(run_dir) if "loss" in record]
+    kept, discarded = read_metrics(run_dir), read_discarded(run_dir)
+    records, given_up = ([r for r in lines if "loss" in r] for lines in (kept, discarded))
+    failed_saves = [record for record in discarded + kept if "save_failed" in record]
     if not records:
         raise ValueError(f"{run_dir} has logged no training step yet")
-    given_up = _discarded(run_dir)
     last = records[-1]["step"]
     writer = holder_of(run_dir)
     done = last >= config.total_steps
@@ -43,8 +44,8 @@ def examine_run(run_dir: Path) -> list[Finding]:
     ]  # fmt: skip
     every = config.logging.every_steps
     findings += [_starts(run_dir, given_up, every), _goodput(run_dir, records, given_up, every)]
-    findings += [_speed(records, every), _data(records), _saves(records), _skipped(records, config)]
-    findings.append(_checkpoints(run_dir, last))
+    findings += [_speed(records, every), _data(records), _saves(run_dir, records, failed_saves)]
+    findings += [_skipped(records, config), _checkpoints(run_dir, last)]
     if (run_dir / STACKS).exists():
         findings.append(
             Finding("watchdog", f"steps stopped for watchdog.seconds; {run_dir / STACKS} shows "
@@ -108,14 +109,24 @@ def _data(records: list[dict[str, Any]]) -> Finding:
     return Finding("data", text)
 
 
-def _saves(records: list[dict[str, Any]]) -> Finding:
+def _saves(run_dir: Path, records: list[dict[str, Any]], failed: list[dict[str, Any]]) -> Finding:
     stalls = [r["checkpoint_stall_seconds"] for r in records if "checkpoint_stall_seconds" in r]
-    if not stalls:
-        return Finding("saves", "none that a later step was logged after")
+    text = "none that a later step was logged after"
+    if stalls:
+        text = (
+            f"{len(stalls)}, which held training up for {statistics.median(stalls):.2f} s in the "
+            f"median and {max(stalls):.2f} s at most"
+        )
+    if not failed:
+        return Finding("saves", text)
+    last = failed[-1]
+    text += f"; {len(failed)} failed, the last at step {last['step']} ({last['save_failed']})"
+    sealed = steps.sealed_steps(Path(run_dir).resolve() / CHECKPOINTS)
+    if max(sealed, default=0) >= last["step"]:
+        return Finding("saves", text, "warning")
     return Finding(
-        "saves", f"{len(stalls)}, which held training up for {statistics.median(stalls):.2f} s in "
-        f"the median and {max(stalls):.2f} s at most"
-    )  # fmt: skip
+        "saves", f"{text}, and none has succeeded since: make room, or make it writable", "problem"
+    )
 
 
 def _skipped(records: list[dict[str, Any]], config) -> Finding:
@@ -160,19 +171,6 @@ def _started(run_dir: Path) -> list[datetime]:
         return [datetime.strptime(entry["started"], "%Y-%m-%dT%H:%M:%S%z") for entry in entries]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _discarded(run_dir: Path) -> list[dict[str, Any]]:
-    path = Path(run_dir) / DISCARDED
-    found = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        if "loss" in record:
-            found.append(record)
-    return found
 
 
 def _seconds(records: list[dict[str, Any]], every: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -95,27 +96,37 @@ def train(
     optimizer = make_optimizer(config.optimizer)
     step_fn = make_train_step(model, loss_fn, optimizer, config)
     reached = preemption.reached if preemption is not None else lambda: False
-    validate = make_validation(config, model, loss_fn, validation, interrupted=reached)
+    watchdog = Watchdog(run_dir, config.watchdog.seconds)
+    validate = make_validation(config, model, loss_fn, validation, reached, watchdog)
     total_steps = config.total_steps
     batch_rows = config.batch_rows
 
     with (
-        Checkpointer(
-            run_dir, config.checkpoint, config.training.global_batch_tokens
-        ) as checkpoints,
         MetricsWriter(run_dir, tensorboard=config.logging.tensorboard)
         if distributed.is_main()
         else NoMetrics() as writer,
+        contextlib.ExitStack() as in_the_end,
+        Checkpointer(
+            run_dir, config.checkpoint, config.training.global_batch_tokens
+        ) as checkpoints,
+        watchdog,
     ):
+
+        def write_failed_saves() -> None:
+            for step, reason in checkpoints.failures():
+                writer.write(_at(step, config) | {"save_failed": reason, "time": time.time()})
+
+        in_the_end.callback(write_failed_saves)
         # The fresh state is not made before it is known to be needed: beside the restored one it
         # would double the memory.
         fresh = functools.partial(init_state, model, optimizer, config.training.seed)
         shapes = rules.placed(jax.eval_shape(fresh))
         keep = functools.partial(_keep_skip, run_dir, config.data.skip)
-        state = _resumed(shapes, resume, checkpoints, writer, data, keep)
-        if state is None:
-            state = fresh(checkpoints.restore_initial_params(shapes.params))
-            keep()
+        with watchdog.paused():
+            state = _resumed(shapes, resume, checkpoints, writer, data, keep)
+            if state is None:
+                state = fresh(checkpoints.restore_initial_params(shapes.params))
+                keep()
         start = int(state.step)
 
         def is_evaluated(step: int) -> bool:
@@ -147,7 +158,6 @@ def train(
         with (
             data.prefetch(start, total_steps) as batches,
             Progress(total_steps, "steps", initial=start) as progress,
-            Watchdog(run_dir, config.watchdog.seconds) as watchdog,
         ):
             first_batch = next(batches)
             with watchdog.paused():
@@ -177,6 +187,7 @@ def train(
                     del record["skipped_in_a_row"]
                     record |= timer.read()
                     writer.write(_at(step, config) | record)
+                    write_failed_saves()
                     progress.advance(0, _summary(record))
 
             def save(step: int, state: TrainState) -> None:
@@ -209,8 +220,9 @@ def train(
                     # Every line up to a step is written before the step can be restored.
                     finish(*in_flight)
                     in_flight = None
-                with timer.paused(), watchdog.paused():
+                with timer.paused():
                     complete = not is_evaluated(step) or evaluate(step, state.params, progress.say)
+                with timer.paused(), watchdog.paused():
                     preempted = not complete or (preempted and not last)
                     if save_due or preempted:
                         save(step, state)
@@ -218,14 +230,17 @@ def train(
                         saved = checkpoints.saved()
                         goes_on = step if saved else max(checkpoints.steps(), default=0)
                         raise Preempted(_asked_to_end(step, goes_on))
-        if not checkpoints.saved():
-            checkpoints.save(total_steps, state, _metadata(total_steps, data, config))
-            if not checkpoints.saved():
-                raise OSError(
-                    f"the last step, {total_steps}, could not be saved in {run_dir}, for the "
-                    "reason above: make room there and start the same command again; it goes on "
-                    f"from step {max(checkpoints.steps(), default=0)}"
-                )
+        with watchdog.paused():
+            saved = checkpoints.saved()
+            if not saved:
+                checkpoints.save(total_steps, state, _metadata(total_steps, data, config))
+                saved = checkpoints.saved()
+        if not saved:
+            raise OSError(
+                f"the last step, {total_steps}, could not be saved in {run_dir}, for the reason "
+                "above: make room there and start the same command again; it goes on from step "
+                f"{max(checkpoints.steps(), default=0)}"
+            )
     return state
 
 

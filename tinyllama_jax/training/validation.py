@@ -14,6 +14,7 @@ from tinyllama_jax.model.llama import Llama, Params
 from tinyllama_jax.parallel import mesh, rules
 from tinyllama_jax.training.losses import LossFunction
 from tinyllama_jax.training.step import make_eval_step
+from tinyllama_jax.training.watchdog import Watchdog
 
 
 class ValidationData(Protocol):
@@ -32,6 +33,7 @@ def make_validation(
     loss_fn: LossFunction,
     validation: Mapping[str, ValidationData],
     interrupted: Callable[[], bool],
+    watchdog: Watchdog,
 ) -> Callable[[Params], dict[str, float]]:
     """A function of params that gives the losses on held-out text, in nats per token.
 
@@ -42,6 +44,7 @@ def make_validation(
       model, loss_fn: as in training.
       validation: held-out text by source; may be empty.
       interrupted: asked before every batch, in all processes alike.
+      watchdog: hears of every batch.
 
     Returns:
       `params -> record`, which raises `Interrupted` where it is. The record has `eval/SOURCE/loss`
@@ -60,7 +63,8 @@ def make_validation(
             jax.block_until_ready(sums[-2:-1])
             if interrupted():
                 raise Interrupted
-            sums.append(eval_step(params, rules.place_rows(batch, rows)))
+            with watchdog.paused():  # the first call compiles; the end of each counts as a beat
+                sums.append(eval_step(params, rules.place_rows(batch, rows)))
         losses, counts = jax.device_get(tuple(zip(*sums, strict=True)))
         return math.fsum(losses) / math.fsum(counts)
 

@@ -36,12 +36,12 @@ class Watchdog:
         self._left = threading.Event()
 
     def beat(self) -> None:
-        """A step has finished."""
+        """A step, or a batch of an evaluation, has finished."""
         self._silent = 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Evaluation, saving: may take what they take."""
+        """Restoring, compiling, saving: may take what they take."""
         self._pauses += 1
         try:
             yield
@@ -80,9 +80,9 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
             told = f"{self._path} cannot be written ({error})"
         print(
-            f"\nno step has finished for {self._seconds:g} s (watchdog.seconds); {told}. {where} "
-            f"ends with exit code {LOST_PEER}: start the same command again, and it goes on from "
-            f"its last saved step",
+            f"\nno step, and no batch of an evaluation, has finished for {self._seconds:g} s "
+            f"(watchdog.seconds); {told}. {where} ends with exit code {LOST_PEER}: start the same "
+            f"command again, and it goes on from its last saved step",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(LOST_PEER)
