@@ -54,9 +54,14 @@ class SourceConfig:
     # A file, a directory or a glob; tfds:NAME; for format "embedded": code or text. It may change:
     # what counts is the content, which every checkpoint holds a fingerprint of.
     path: str = _free("")
-    format: str = "auto"  # auto (by file ending), text, jsonl, parquet, tfds, embedded
+    format: str = "auto"  # auto (by file ending), text, jsonl, parquet, arrow, tfds, embedded
     text_key: str = "text"  # the column or JSON key that holds the document
     separator: str = ""  # plain text: stands between documents, \n a line end; "": one per file
+    # What parts the source into subsets, each a stream of its own in the mixture: "directory" (the
+    # first below path), or a key of each record, as meta.redpajama_set_name; "": nothing does.
+    subset_key: str = ""
+    subsets: str = ""  # which are taken, as "C4,Book"; "-Github": all but that; "": all
+    subset_weights: str = ""  # shares of the source's tokens, as "C4:2,Book:1"; "": by their tokens
     weight: float = 1.0  # share of the training tokens, relative to the other sources
     validation_fraction: float = 0.005  # of the documents, chosen by hash; embedded: by module
 

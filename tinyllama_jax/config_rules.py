@@ -129,7 +129,7 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
     for entry in d.sources:
         name = f"data.sources.{entry.name}"
         one_of(f"{name}.format", entry.format,
-               ("auto", "text", "jsonl", "parquet", "tfds", "embedded"))  # fmt: skip
+               ("auto", "text", "jsonl", "parquet", "arrow", "tfds", "embedded"))  # fmt: skip
         require(entry.path != "", f"{name}.path is empty: name the files to read")
         require(entry.weight > 0, f"{name}.weight = {entry.weight} must be greater than 0; "
                 "to leave a source out, remove it")  # fmt: skip
@@ -142,7 +142,57 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
             f"{name}: a source's name becomes a directory and a metric; use letters, "
             "digits, _ and -",
         )
+        for setting, parse in (("subsets", chosen_subsets), ("subset_weights", subset_weights)):
+            value = getattr(entry, setting)
+            require(
+                not value or entry.subset_key != "",
+                f'{name}.{setting} = "{value}", but {name}.subset_key is empty: nothing tells the '
+                f"subsets apart; set it to directory or to a key of the records",
+            )
+            try:
+                parse(value)
+            except ValueError as error:
+                problems.append(f"{name}.{setting}: {error}")
     raise_all(problems)
+
+
+def chosen_subsets(text: str) -> tuple[frozenset[str], bool]:
+    """What `data.sources.NAME.subsets` names, and whether those are the ones left out.
+
+    Raises:
+      ValueError: some of the names begin with "-" and some do not.
+    """
+    names = [name.strip() for name in text.split(",")] if text else []
+    leaves_out = [name.startswith("-") for name in names]
+    if len(set(leaves_out)) > 1 or not all(name.strip("-") for name in names):
+        raise ValueError(
+            f'"{text}" must name the subsets that are taken ("C4,Book"), or the ones that are left '
+            f'out, each with a "-" before it ("-Github")'
+        )
+    # Nothing named: nothing is left out.
+    return frozenset(name.removeprefix("-") for name in names), all(leaves_out)
+
+
+def subset_weights(text: str) -> dict[str, float]:
+    """What `data.sources.NAME.subset_weights` says: weights by subset, none for "".
+
+    Raises:
+      ValueError: it is not a list of NAME:WEIGHT with weights above 0.
+    """
+    weights = {}
+    for part in text.split(",") if text else ():
+        name, _, weight = part.strip().rpartition(":")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not (name and 0 < value < float("inf")):
+            raise ValueError(
+                f'"{part}" is not NAME:WEIGHT with a weight above 0; to leave a subset out, name '
+                f'it as "-NAME" in subsets'
+            )
+        weights[name] = value
+    return weights
 
 
 def skipped_ranges(text: str) -> tuple[tuple[int, int], ...]:

@@ -70,7 +70,7 @@ def _train(config: Config, run_dir: pathlib.Path, preemption: Preemption) -> Non
     import jax
 
     from tinyllama_jax.config_rules import joined_skips
-    from tinyllama_jax.data.dataset import open_datasets
+    from tinyllama_jax.data.corpus import open_datasets
     from tinyllama_jax.data.prepare import prepare_sources
     from tinyllama_jax.parallel import distributed, mesh, rules
     from tinyllama_jax.runs import curves, directory

@@ -8,7 +8,8 @@ import pytest
 
 from tinyllama_jax.config import Config, DataConfig, EvaluationConfig, SourceConfig, TrainingConfig
 from tinyllama_jax.data import read_ahead
-from tinyllama_jax.data.dataset import TrainingDataset, ValidationDataset, open_datasets
+from tinyllama_jax.data.corpus import open_datasets
+from tinyllama_jax.data.dataset import TrainingDataset, ValidationDataset
 from tinyllama_jax.data.pages import DamagedDataError
 from tinyllama_jax.data.stream import Stream
 

@@ -117,8 +117,8 @@ class MadeUpData:
 class MadeUpValidation:
     """Two batches, the second of which counts only in part."""
 
-    def __init__(self, seed):
-        self.seed = seed
+    def __init__(self, seed, weight):
+        self.seed, self.weight = seed, weight
 
     def batches(self, rows):
         batch = MadeUpData(seed=self.seed).batch_at(0)
@@ -127,7 +127,7 @@ class MadeUpValidation:
         yield batch.replace(loss_weights=np.float32(np.arange(S) < 2) * batch.loss_weights)
 
 
-VALIDATION = {"code": MadeUpValidation(7), "text": MadeUpValidation(8)}
+VALIDATION = {"code": MadeUpValidation(7, 1.0), "text": MadeUpValidation(8, 3.0)}
 
 
 def run(run_dir, data=None, config=CONFIG, validation=VALIDATION, **options):

@@ -9,7 +9,6 @@ hosts.
 from __future__ import annotations
 
 import hashlib
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -17,16 +16,13 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from tinyllama_jax.config import Config
 from tinyllama_jax.config_rules import skipped_ranges
 from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.data.mixture import Mixture
 from tinyllama_jax.data.read_ahead import read_ahead
-from tinyllama_jax.data.stream import Document, ShardReaders, Stream, Windows
+from tinyllama_jax.data.stream import Document, Stream, Windows
 
 OwnRows = Callable[[int], Sequence[int]]
-
-_MAX_WINDOWS = 2**32 - 1  # Grain's shuffle permutes 32-bit indices
 
 
 class Row(NamedTuple):
@@ -233,6 +229,7 @@ class ValidationDataset:
       stream: the validation split; at least two ids.
       seq_len: S, tokens per row.
       max_tokens: how many targets are enough; 0: all. Rounded up to a whole window.
+      weight: what its loss counts for in the mean over all sources.
       own_rows, patience: as `TrainingDataset`.
     """
 
@@ -242,10 +239,12 @@ class ValidationDataset:
         *,
         seq_len: int,
         max_tokens: int,
+        weight: float = 1.0,
         own_rows: OwnRows = range,
         patience: float | None = None,
     ):
         self.stream = stream
+        self.weight = weight
         self._patience = patience
         self._own_rows = own_rows
         self.seq_len = seq_len
@@ -291,96 +290,3 @@ class ValidationDataset:
             what=f"{self.stream.manifest.source}: validation batch", patience=self._patience,
         ) as batches:  # fmt: skip
             yield from batches
-
-
-class Datasets(NamedTuple):
-    """What a run reads."""
-
-    training: TrainingDataset
-    validation: dict[str, ValidationDataset]  # by source; none for a source that holds nothing out
-
-
-def open_datasets(
-    config: Config,
-    prepared: Mapping[str, pathlib.Path],
-    tokenizer_sha256: str,
-    own_rows: OwnRows = range,
-) -> Datasets:
-    """Opens the prepared sources of a run and checks that they are what its config means.
-
-    Args:
-      config: the run's settings.
-      prepared: for each source its prepared directory, which holds `train` and, unless its
-        `validation_fraction` is 0, `validation`.
-      tokenizer_sha256: of the tokenizer that the run will use.
-      own_rows: as `TrainingDataset`.
-
-    Raises:
-      FileNotFoundError, DamagedDataError: prepared data is absent or not what was written.
-      ValueError: the data does not fit the config, all reasons at once.
-    """
-    readers = ShardReaders()
-    # Several readers have their turn before the watchdog ends the process.
-    patience = config.watchdog.seconds / 4 or None
-    training: dict[str, Stream] = {}
-    validation: dict[str, ValidationDataset] = {}
-    problems: list[str] = []
-    for source in config.data.sources:
-        directory = pathlib.Path(prepared[source.name])
-        stream = training[source.name] = Stream(directory / "train", readers)
-        problems += _problems(stream, config, tokenizer_sha256)
-        num_windows = len(Windows(stream, config.data.seq_len))
-        if not 0 < num_windows <= _MAX_WINDOWS:
-            problems.append(
-                f"  - {stream.directory} holds {stream.num_tokens} tokens: {num_windows} windows "
-                f"of data.seq_len + 1 = {config.data.seq_len + 1}, but a source needs 1 to "
-                f"{_MAX_WINDOWS}; add text to data.sources.{source.name}, or set data.seq_len"
-            )
-        if source.validation_fraction > 0:
-            held_out = Stream(directory / "validation", readers)
-            problems += _problems(held_out, config, tokenizer_sha256)
-            if held_out.num_tokens > 1:
-                validation[source.name] = ValidationDataset(
-                    held_out, seq_len=config.data.seq_len, max_tokens=config.evaluation.tokens,
-                    own_rows=own_rows, patience=patience,
-                )  # fmt: skip
-    if problems:
-        raise ValueError("\n".join(["the prepared data does not fit the config:", *problems]))
-    return Datasets(
-        TrainingDataset(
-            training,
-            {source.name: source.weight for source in config.data.sources},
-            seq_len=config.data.seq_len,
-            batch_rows=config.batch_rows,
-            seed=config.data.seed,
-            own_rows=own_rows,
-            skip=config.data.skip,
-            patience=patience,
-        ),
-        validation,
-    )
-
-
-def _problems(stream: Stream, config: Config, tokenizer_sha256: str) -> list[str]:
-    """What speaks against reading a stream in this run."""
-    manifest, problems = stream.manifest, []
-    if manifest.tokenizer_sha256 != tokenizer_sha256:
-        problems.append(
-            f"  - {stream.directory} was prepared with the tokenizer of sha256 "
-            f"{manifest.tokenizer_sha256}, but data.tokenizer has sha256 {tokenizer_sha256}: its "
-            f"ids would mean other text; set data.tokenizer to the former, or run "
-            f"python -m tinyllama_jax.prepare with the latter"
-        )
-    if manifest.vocab_size > config.model.vocab_size:
-        problems.append(
-            f"  - {stream.directory} has ids up to {manifest.vocab_size - 1}, but "
-            f"model.vocab_size = {config.model.vocab_size} has no embedding for them; set "
-            f"model.vocab_size = {manifest.vocab_size}"
-        )
-    if manifest.boundary != config.data.boundary:
-        problems.append(
-            f'  - {stream.directory} marks documents by "{manifest.boundary}", but data.boundary '
-            f'= "{config.data.boundary}"; set data.boundary = "{manifest.boundary}", or run '
-            f"python -m tinyllama_jax.prepare again"
-        )
-    return problems

@@ -8,15 +8,30 @@ file stores them.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import pathlib
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 Repaired = collections.Counter[str]
 Advance = Callable[[int], None]
+
+
+class Keys(NamedTuple):
+    """What of a record is wanted: the document, and what tells its subset ("": nothing does)."""
+
+    text: str
+    subset: str = ""
+
+
+class Record(NamedTuple):
+    number: int  # within the file or data set, from 0
+    text: str
+    subset: str = ""
+
 
 _CHUNK_BYTES = 1 << 20
 _ROWS_PER_BATCH = 256
@@ -26,28 +41,24 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _INVALID_UTF8 = "documents with bytes that are not UTF-8"
 
 
-def read_text(
-    path: str, separator: str, repaired: Repaired, advance: Advance
-) -> Iterator[tuple[int, str]]:
-    """Number and text of each document of a plain text file, without byte-order mark.
+def read_text(path: str, separator: str, repaired: Repaired, advance: Advance) -> Iterator[Record]:
+    """Each document of a plain text file, without byte-order mark.
 
     Line ends become LF. `separator` stands between documents, and one line end on either side of it
     belongs to it, not to them, as does one at the end of the file; "": the file is one document.
     """
     content = _lf_only(_without_mark(path, _chunks(path, advance)))
     if not separator:
-        yield 0, _decode(b"".join(content), repaired)
+        yield Record(0, _decode(b"".join(content), repaired))
         return
     for number, part in enumerate(_split(content, separator.encode())):
         if number:
             part = part.removeprefix(b"\n")
-        yield number, _decode(part.removesuffix(b"\n"), repaired)
+        yield Record(number, _decode(part.removesuffix(b"\n"), repaired))
 
 
-def read_jsonl(
-    path: str, text_key: str, repaired: Repaired, advance: Advance
-) -> Iterator[tuple[int, str]]:
-    """Line number, from 0, and text of each line that is not blank."""
+def read_jsonl(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
+    """Each line that is not blank."""
     for number, line in enumerate(_split(_chunks(path, advance), b"\n")):
         where = f"{path}:{number + 1}"
         if number == 0:
@@ -63,39 +74,105 @@ def read_jsonl(
             ) from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a {type(record).__name__}, not a JSON object")
-        if text_key not in record:
-            raise _no_such_key(where, text_key, list(record))
-        yield number, _as_text(record[text_key], where, text_key, repaired)
+        if keys.text not in record:
+            raise _no_such_key(where, keys.text, list(record))
+        text = _as_text(record[keys.text], where, keys.text, repaired)
+        yield Record(number, text, _subset(record, keys.subset, where))
 
 
-def read_parquet(
-    path: str, text_key: str, repaired: Repaired, advance: Advance
-) -> Iterator[tuple[int, str]]:
-    """Row number and text of each row, one row group after the other."""
-    import pyarrow
+def read_parquet(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
+    """Each row, one row group after the other."""
     import pyarrow.parquet
 
+    with _telling_of_damage(path, "parquet"), pyarrow.parquet.ParquetFile(path) as file:
+        _require_columns(path, file.schema_arrow, keys)
+        rows = file.metadata.num_rows
+        batches = file.iter_batches(_ROWS_PER_BATCH, columns=_columns(keys))
+        yield from _of_batches(path, batches, rows, keys, repaired, advance)
+
+
+def read_arrow(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
+    """Each row of an Arrow stream, as Hugging Face `datasets` save it, or of an Arrow file."""
+    import pyarrow
+    import pyarrow.ipc
+
+    with _telling_of_damage(path, "Arrow"), pyarrow.memory_map(path) as file:
+        try:
+            reader = pyarrow.ipc.open_stream(file)
+            batches = iter(reader)
+        except pyarrow.ArrowInvalid:
+            reader = pyarrow.ipc.open_file(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        _require_columns(path, reader.schema, keys)
+        parts = (
+            batch.select(_columns(keys)).slice(start, _ROWS_PER_BATCH)
+            for batch in batches
+            for start in range(0, len(batch), _ROWS_PER_BATCH)
+        )
+        # How many rows there are is not known before the end.
+        yield from _of_batches(path, parts, 0, keys, repaired, lambda count: None)
+    advance(pathlib.Path(path).stat().st_size)
+
+
+def _of_batches(
+    path: str, batches: Iterator[Any], rows: int, keys: Keys, repaired: Repaired, advance: Advance
+) -> Iterator[Record]:
+    """The rows of a file of so many, whose batches hold the columns of `keys` alone."""
+    import pyarrow
+
+    size = pathlib.Path(path).stat().st_size
+    number = 0
+    for batch in batches:
+        # As bytes: pyarrow does not check that strings are UTF-8.
+        texts = batch.column(keys.text).cast(pyarrow.large_binary()).to_pylist()
+        name = keys.subset.split(".")[0]
+        subsets = batch.column(name).to_pylist() if name else [None] * len(batch)
+        for text, value in zip(texts, subsets, strict=True):
+            where = f"{path}, row {number}"
+            subset = _subset({name: value}, keys.subset, where)
+            yield Record(number, _as_text(text, where, keys.text, repaired), subset)
+            number += 1
+        advance(size * len(batch) // max(rows, 1))
+
+
+def _columns(keys: Keys) -> list[str]:
+    return [name for name in (keys.text, keys.subset.split(".")[0]) if name]
+
+
+def _require_columns(path: str, schema: Any, keys: Keys) -> None:
+    for name in _columns(keys):
+        if name not in schema.names:
+            raise _no_such_key(path, name, schema.names)
+    kind = schema.field(keys.text).type
+    if not _holds_text(kind):
+        raise _no_text(path, keys.text, str(kind))
+
+
+@contextlib.contextmanager
+def _telling_of_damage(path: str, what: str) -> Iterator[None]:
+    import pyarrow
+
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
-                raise _no_such_key(path, text_key, file.schema_arrow.names)
-            kind = file.schema_arrow.field(text_key).type
-            if not _holds_text(kind):
-                raise _no_text(path, text_key, str(kind))
-            rows = file.metadata.num_rows
-            size = pathlib.Path(path).stat().st_size
-            number = 0
-            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=[text_key]):
-                # As bytes: pyarrow does not check that strings are UTF-8.
-                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    where = f"{path}, row {number}"
-                    yield number, _as_text(value, where, text_key, repaired)
-                    number += 1
-                advance(size * len(batch) // max(rows, 1))
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # the file system's, not the content's
-        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+        raise ValueError(f"{path} cannot be read as {what}: {error}") from error
+
+
+def _subset(record: dict[str, Any], key: str, where: str) -> str:
+    """What `key` (names joined by points) leads to; "" where there is no key."""
+    if not key:
+        return ""
+    value: Any = record
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        raise ValueError(
+            f'{where} has no text under subset_key "{key}", but {value!r}: which subset it belongs '
+            f"to is not known; set subset_key to the key that tells it"
+        )
+    return value
 
 
 def _holds_text(kind: Any) -> bool:
@@ -123,18 +200,19 @@ def tfds_size(name: str) -> tuple[str, int, int]:
 
 
 def read_tfds(
-    name: str, rows: tuple[int, int], text_key: str, repaired: Repaired, advance: Advance
-) -> Iterator[tuple[int, str]]:
-    """Row number and text of the rows `[first, last)` of the train split."""
+    name: str, rows: tuple[int, int], keys: Keys, repaired: Repaired, advance: Advance
+) -> Iterator[Record]:
+    """The rows `[first, last)` of the train split."""
     source = _tfds_source(name)
     per_row = source.dataset_info.splits["train"].num_bytes // len(source)
     for start in range(*rows, _ROWS_PER_BATCH):
         numbers = range(start, min(start + _ROWS_PER_BATCH, rows[1]))
         for number, record in zip(numbers, source.__getitems__(list(numbers)), strict=True):
             where = f"tfds:{name}, row {number}"
-            if text_key not in record:
-                raise _no_such_key(where, text_key, list(record))
-            yield number, _as_text(record[text_key], where, text_key, repaired)
+            if keys.text not in record:
+                raise _no_such_key(where, keys.text, list(record))
+            text = _as_text(record[keys.text], where, keys.text, repaired)
+            yield Record(number, text, _subset(record, keys.subset, where))
         advance(per_row * len(numbers))
 
 

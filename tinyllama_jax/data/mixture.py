@@ -15,8 +15,6 @@ PERIOD = 1_000_000  # rows after which the pattern repeats; weights are whole mu
 def millionths(weights: Sequence[float]) -> tuple[int, ...]:
     """Weights as integers that sum to exactly 1,000,000, each within 1 of its exact share.
 
-    The method of largest remainders, in exact arithmetic; of equal remainders the first is raised.
-
     Raises:
       ValueError: a weight is not positive, or too small to get one row in a million.
     """
@@ -25,18 +23,45 @@ def millionths(weights: Sequence[float]) -> tuple[int, ...]:
             f"weights {list(weights)}: each must be a finite number above 0; to leave a source "
             f"out, remove it from data.sources"
         )
-    total = sum(map(Fraction, weights))
-    shares = [Fraction(weight) * PERIOD / total for weight in weights]
-    counts = [int(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda k: counts[k] - shares[k])
-    for k in by_remainder[: PERIOD - sum(counts)]:
-        counts[k] += 1
+    counts = _apportioned(PERIOD, weights)
     if 0 in counts:
         raise ValueError(
             f"weight {weights[counts.index(0)]} is less than a millionth of the sum "
-            f"{float(total)}: its source would never be read; raise it or remove the source"
+            f"{sum(weights)}: its source would never be read; raise it or remove the source"
         )
     return tuple(counts)
+
+
+def divided(total: int, weights: Sequence[float]) -> tuple[int, ...]:
+    """As `millionths`, of another sum; where a share is less than 1, it is 1.
+
+    What is missing is taken from the largest, so that no subset is lost for being small.
+
+    Raises:
+      ValueError: there are more weights than there is to divide.
+    """
+    if len(weights) > total:
+        raise ValueError(
+            f"{len(weights)} subsets cannot share {total} millionths of the rows; raise the weight "
+            f"of their source, or take fewer"
+        )
+    counts = _apportioned(total, weights)
+    for k in range(len(counts)):
+        if counts[k] == 0:
+            counts[counts.index(max(counts))] -= 1
+            counts[k] = 1
+    return tuple(counts)
+
+
+def _apportioned(total: int, weights: Sequence[float]) -> list[int]:
+    """The method of largest remainders, in exact arithmetic; of equal ones the first is raised."""
+    whole = sum(map(Fraction, weights))
+    shares = [Fraction(weight) * total / whole for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda k: counts[k] - shares[k])
+    for k in by_remainder[: total - sum(counts)]:
+        counts[k] += 1
+    return counts
 
 
 class Mixture(grain.transforms.DatasetSelectionMap):

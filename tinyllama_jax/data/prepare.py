@@ -4,6 +4,9 @@
                                     train/, validation/      pages and manifest.json
                                     units/                   records of the finished units
 
+A source in subsets (`subset_key`) has `SUBSET/train/` and `SUBSET/validation/` of each instead, and
+`subsets.json`, which lists them. Each subset is a stream of its own, named SOURCE.SUBSET.
+
 The hash covers everything that changes the bytes: tokenizer, boundary rule, reading settings, and
 the inputs by name and size, up to 64 MiB by content too. So another tokenizer or another file gives
 another directory, and the same ones are reused at once.
@@ -22,6 +25,7 @@ import time
 from collections.abc import Sequence
 
 from tinyllama_jax.config import DataConfig, SourceConfig
+from tinyllama_jax.config_rules import chosen_subsets
 from tinyllama_jax.data.pages import (
     DamagedDataError,
     Manifest,
@@ -33,7 +37,8 @@ from tinyllama_jax.data.units import (
     SPLITS,
     Unit,
     group_inputs,
-    make_directories,
+    make_directory,
+    place_of,
     read_record,
     remove_abandoned_work,
     shard_is_there,
@@ -43,8 +48,9 @@ from tinyllama_jax.durable import write_durably
 from tinyllama_jax.progress import Progress
 from tinyllama_jax.text.tokenizer import Tokenizer
 
-_VERSION = 1  # of the way from raw text to bytes
+_VERSION = 2  # of the way from raw text to bytes
 _HASH_CONTENT_BYTES = 64 << 20  # corpora up to this size are known by their content
+_SUBSETS = "subsets.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +78,8 @@ def prepare_sources(
         0: any amount.
 
     Returns:
-      The directory of each source by its name; `train/` and `validation/` in it have a manifest.
+      The directory of each stream by its name; `train/` and `validation/` in it have a manifest. A
+      source is a stream, or as many as it has subsets.
 
     Raises:
       ValueError: a source is missing, empty or malformed, there is none at all, the tokenizer
@@ -93,11 +100,11 @@ def prepare_sources(
             print(
                 f"{plan.source.name}: its raw text is not here; taking {plan.directory}", flush=True
             )
-    unfinished = [plan for plan in plans if not is_prepared(plan.directory)]
+    unfinished = [plan for plan in plans if not is_prepared(plan.source, plan.directory)]
     for plan in unfinished:
         if others := left_out(plan.source, plan.inputs):
             print(f"{plan.source.name}: files left out, by ending: {others}", flush=True)
-        make_directories(plan.directory)
+        make_directory(plan.directory)
         write_durably(plan.directory / "source.json", plan.description.encode())
         remove_abandoned_work(plan.directory)
     waiting = [unit for plan in unfinished for unit in plan.units if read_record(unit) is None]
@@ -116,7 +123,11 @@ def prepare_sources(
             remove_abandoned_work(plan.directory)
     for plan in unfinished:
         _finish(plan, data, tokenizer)
-    return {plan.source.name: plan.directory for plan in plans}
+    return {
+        name: directory
+        for plan in plans
+        for name, directory in _streams(plan.source, plan.directory).items()
+    }
 
 
 def examine_source(
@@ -136,19 +147,31 @@ def examine_source(
     text = (
         f"{len(plan.inputs):,} inputs, {size / 1e6:,.1f} MB" if plan.inputs else "raw text absent"
     )
-    return plan.directory, is_prepared(plan.directory), text
+    return plan.directory, is_prepared(source, plan.directory), text
 
 
-def is_prepared(directory: pathlib.Path) -> bool:
+def is_prepared(source: SourceConfig, directory: pathlib.Path) -> bool:
     """Whether both splits are there to the end, each shard in the size it was written in."""
-    for split in SPLITS:
-        try:
-            manifest = read_manifest(directory / split)
-        except (FileNotFoundError, DamagedDataError):
-            return False
-        if not all(shard_is_there(directory / split, shard) for shard in manifest.shards):
-            return False
+    try:
+        for stream in _streams(source, directory).values():
+            for split in SPLITS:
+                shards = read_manifest(stream / split).shards
+                if not all(shard_is_there(stream / split, shard) for shard in shards):
+                    return False
+    except (FileNotFoundError, DamagedDataError):
+        return False
     return True
+
+
+def _streams(source: SourceConfig, directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The directories of a source's streams; raises FileNotFoundError, DamagedDataError."""
+    if not source.subset_key:
+        return {source.name: directory}
+    try:
+        subsets = json.loads((directory / _SUBSETS).read_bytes())
+        return {f"{source.name}.{subset}": directory / subset for subset in subsets}
+    except (ValueError, TypeError) as error:
+        raise DamagedDataError(f"{directory / _SUBSETS} is damaged: {error}") from error
 
 
 def _require_boundary_ids(boundary: str, tokenizer: Tokenizer) -> None:
@@ -189,7 +212,8 @@ def _prepared_before(
         except (OSError, ValueError):
             continue
         same = all(identity.get(key) == value for key, value in expected.items())
-        if same and source.format in ("auto", identity.get("format")) and is_prepared(path):
+        same &= source.format in ("auto", identity.get("format"))
+        if same and is_prepared(source, path):
             if identity.get("path") == source.path:
                 found.append(path)
             else:
@@ -216,6 +240,8 @@ def _settings_identity(source: SourceConfig, boundary: str, tokenizer: Tokenizer
         "part": source.path if source.format == "embedded" else "",
         "text_key": source.text_key,
         "separator": source.separator,
+        "subset_key": source.subset_key,
+        "subsets": source.subsets,
         "validation_fraction": source.validation_fraction,
     }
 
@@ -273,34 +299,60 @@ def _finish(plan: _Plan, data: DataConfig, tokenizer: Tokenizer) -> None:
             f"data.sources.{plan.source.name}.separator = {plan.source.separator!r} gave no more "
             f"documents than there are files; look at one of them"
         )
+    subsets = [""]
+    if plan.source.subset_key:
+        subsets = sorted({place.rpartition("/")[0] for r in records for place in r.shards})
+        _report_unknown_subsets(plan.source, subsets, tally)
     manifests = {
-        split: Manifest(
-            source=plan.source.name,
+        place_of(subset, split): Manifest(
+            source=".".join(filter(None, (plan.source.name, subset))),
             split=split,
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             boundary=data.boundary,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
-            shards=tuple(r.shards[split] for r in records if split in r.shards),
+            shards=tuple(
+                r.shards[place_of(subset, split)]
+                for r in records
+                if place_of(subset, split) in r.shards
+            ),
         )
+        for subset in subsets
         for split in SPLITS
     }
+    training, validation = (
+        sum(m.documents for m in manifests.values() if m.split == split) for split in SPLITS
+    )
     name = f"data.sources.{plan.source.name}"
-    if not manifests["train"].tokens:
+    if not training:
         raise ValueError(
             f'{name}.path = "{plan.source.path}" has no document to train on '
-            f"({sum(tally.skipped.values())} skipped, {manifests['validation'].documents} held "
-            f"out for validation); give it text, or lower {name}.validation_fraction"
+            f"({sum(tally.skipped.values())} skipped, {validation} held out for validation); give "
+            f"it text, or lower {name}.validation_fraction"
         )
-    if not manifests["validation"].tokens and plan.source.validation_fraction:
+    if not validation and plan.source.validation_fraction:
         print(
             f"{name}: none of its {tally.documents} documents fell into validation, so it will "
             f"have no validation loss; raise {name}.validation_fraction "
             f"(now {plan.source.validation_fraction}) or give it more documents"
         )
-    for split, manifest in manifests.items():
-        write_manifest(plan.directory / split, manifest)
+    for place, manifest in manifests.items():
+        (plan.directory / place).mkdir(parents=True, exist_ok=True)
+        write_manifest(plan.directory / place, manifest)
+    if plan.source.subset_key:  # the last: what lists them is there when they are
+        write_durably(plan.directory / _SUBSETS, json.dumps(subsets, indent=1).encode())
+
+
+def _report_unknown_subsets(source: SourceConfig, subsets: Sequence[str], tally: Tally) -> None:
+    """Tells of a name that is none: left out by a misspelt one, a subset would be trained on."""
+    names, _ = chosen_subsets(source.subsets)
+    met = {*subsets, *(kind.rpartition(" ")[2] for kind in tally.skipped)}
+    if unknown := sorted(names - met):
+        print(
+            f"warning: data.sources.{source.name}.subsets names {', '.join(unknown)}, to which no "
+            f"document belongs; there are {', '.join(subsets)}"
+        )
 
 
 def _report(source: SourceConfig, tally: Tally) -> None:

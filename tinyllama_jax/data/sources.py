@@ -5,7 +5,8 @@ What happens to bad input, and nothing else is ever left out:
     stops, with file and line    malformed JSON, a missing text key or column, a value that is no
                                  text, a truncated or foreign file, a binary file or UTF-16 in place
                                  of text, a Git-LFS pointer, a directory without data
-    skipped and counted          a document that is empty, all white space, or without tokens
+    skipped and counted          a document that is empty, all white space, or without tokens; one
+                                 of a subset that data.sources.NAME.subsets leaves out
     repaired and counted         bytes that are no UTF-8, and lone surrogates: each becomes U+FFFD,
                                  since one bad byte is no reason to lose a long document
 
@@ -19,22 +20,34 @@ import collections
 import dataclasses
 import glob
 import hashlib
+import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 from tinyllama_jax.config import SourceConfig
+from tinyllama_jax.config_rules import chosen_subsets
 from tinyllama_jax.data import embedded, formats
+from tinyllama_jax.data.formats import Keys, Record
 
 _ENDINGS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
 _COMPRESSED = (".zst", ".gz")
+_READERS = {
+    "jsonl": formats.read_jsonl, "parquet": formats.read_parquet, "arrow": formats.read_arrow,
+}  # fmt: skip
+DIRECTORY = "directory"  # the subset_key of subsets that are directories
 _TFDS = "tfds:"
 _TFDS_ROWS = 1 << 16  # rows of a TFDS data set that count as one input
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+# A subset's name becomes a directory and a metric.
+_SUBSET_NAME = re.compile(r"[\w+#][\w+#.-]*")
 
 # Without a separator a plain text file is one document, so a source of few files might have none to
 # hold out. From this size on, the last part of each file is held out instead.
@@ -51,7 +64,7 @@ class Input:
 
     name: str  # as the manifest gives it: relative to the source, the same wherever that stands
     path: str
-    format: str  # text, jsonl, parquet, tfds, embedded
+    format: str  # text, jsonl, parquet, arrow, tfds, embedded
     bytes: int
     rows: tuple[int, int] = (0, 0)  # first and past the last, for tfds
 
@@ -61,6 +74,7 @@ class Document:
     text: str
     record: int  # number within its input, counted from 0: line, row, topic
     validation: bool
+    subset: str = ""
 
 
 @dataclasses.dataclass
@@ -111,6 +125,8 @@ def list_inputs(source: SourceConfig) -> tuple[Input, ...]:
             )
     for entry in inputs:
         _refuse_lfs_pointer(entry)
+    if source.subset_key == DIRECTORY:
+        inputs = _of_chosen_directories(source, inputs)
     return tuple(inputs)
 
 
@@ -132,7 +148,18 @@ def read_documents(source: SourceConfig, entry: Input, tally: Tally) -> Iterator
     Raises:
       ValueError: the input is malformed; the message names file and line.
     """
-    for record, text, validation in _read(source, entry, tally):
+    directory = _directory_of(source, entry) if source.subset_key == DIRECTORY else ""
+    names, left_out = chosen_subsets(source.subsets)
+    for (record, text, subset), validation in _read(source, entry, tally):
+        subset = directory or subset
+        if (subset in names) == left_out:
+            tally.skipped[f"documents of the subset {subset}"] += 1
+            continue
+        if subset and not _SUBSET_NAME.fullmatch(subset):
+            raise ValueError(
+                f"{entry.path}, record {record}: {source.subset_key} is {subset!r}, which cannot "
+                f"name a directory and a metric; set subset_key to what tells subsets apart"
+            )
         text = formats.without_surrogates(text, tally.repaired)
         if not text or text.isspace():
             tally.skipped["empty documents"] += 1
@@ -140,42 +167,68 @@ def read_documents(source: SourceConfig, entry: Input, tally: Tally) -> Iterator
         tally.documents += 1
         if validation is None:
             validation = _held_out(text, source.validation_fraction)
-        yield Document(text, record, validation)
+        yield Document(text, record, validation, subset)
 
 
-def _read(
-    source: SourceConfig, entry: Input, tally: Tally
-) -> Iterator[tuple[int, str, bool | None]]:
-    """Record, text, and whether it is for validation where the source decides that."""
+def _read(source: SourceConfig, entry: Input, tally: Tally) -> Iterator[tuple[Record, bool | None]]:
+    """Records, and whether each is for validation where the source decides that."""
 
     def advance(count: int) -> None:
         tally.bytes_read += count
 
     if entry.format == "embedded":
-        for record, document in enumerate(embedded.documents(source.path, entry.name)):
-            yield record, document.text, document.validation
+        for number, document in enumerate(embedded.documents(source.path, entry.name)):
+            yield Record(number, document.text), document.validation
         advance(entry.bytes)
     elif entry.format == "text":
         separator = source.separator.replace("\\n", "\n")  # a command line has no line ends
-        documents = formats.read_text(entry.path, separator, tally.repaired, advance)
-        for record, text in documents:
+        for record in formats.read_text(entry.path, separator, tally.repaired, advance):
+            text = record.text
             tail = 0 if source.separator else _tail_start(text, source.validation_fraction)
             if tail:
-                yield record, text[:tail], False
-                yield record, text[tail:], True
+                yield record._replace(text=text[:tail]), False
+                yield record._replace(text=text[tail:]), True
             else:
-                yield record, text, None
+                yield record, None
     else:
-        if entry.format == "jsonl":
-            records = formats.read_jsonl(entry.path, source.text_key, tally.repaired, advance)
-        elif entry.format == "parquet":
-            records = formats.read_parquet(entry.path, source.text_key, tally.repaired, advance)
+        by_key = source.subset_key != DIRECTORY
+        keys = Keys(source.text_key, source.subset_key if by_key else "")
+        if entry.format == "tfds":
+            records = formats.read_tfds(entry.path, entry.rows, keys, tally.repaired, advance)
         else:
-            records = formats.read_tfds(
-                entry.path, entry.rows, source.text_key, tally.repaired, advance
-            )
-        for record, text in records:
-            yield record, text, None
+            read = _READERS[entry.format]
+            records = read(entry.path, keys, tally.repaired, advance)
+        for record in records:
+            yield record, None
+
+
+def _of_chosen_directories(source: SourceConfig, inputs: list[Input]) -> list[Input]:
+    names, left_out = chosen_subsets(source.subsets)
+    found = {_directory_of(source, entry) for entry in inputs}
+    if unknown := names - found:
+        raise ValueError(
+            f'data.sources.{source.name}.subsets = "{source.subsets}" names '
+            f"{', '.join(sorted(unknown))}, but {source.path} has the directories "
+            f"{', '.join(sorted(found))}"
+        )
+    chosen = [e for e in inputs if (_directory_of(source, e) in names) != left_out]
+    if not chosen:
+        raise ValueError(
+            f'data.sources.{source.name}.subsets = "{source.subsets}" leaves nothing of the '
+            f"directories {', '.join(sorted(found))}"
+        )
+    return chosen
+
+
+def _directory_of(source: SourceConfig, entry: Input) -> str:
+    """The first directory below the source's path that an input lies in."""
+    directory, slash, _ = entry.name.partition("/")
+    if not slash:
+        raise ValueError(
+            f"{entry.path} lies in no directory below {source.path}, so it is of no subset; "
+            f'data.sources.{source.name}.subset_key = "{DIRECTORY}" needs a directory for each'
+        )
+    return directory
 
 
 def _held_out(text: str, fraction: float) -> bool:
@@ -199,6 +252,7 @@ def _find_files(source: SourceConfig) -> tuple[pathlib.Path, list[pathlib.Path]]
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
+        _refuse_several_splits(path, where)
         root, found = path, list(_files_below(path, {os.path.realpath(path)}))
     elif glob.has_magic(source.path):
         fixed = [part for part in path.parts if not glob.has_magic(part)]
@@ -213,6 +267,15 @@ def _find_files(source: SourceConfig) -> tuple[pathlib.Path, list[pathlib.Path]]
         kind = "holds no files" if path.is_dir() else "matches no files"
         raise MissingTextError(f"{where} {kind}: there is nothing to read")
     return root, sorted(files, key=lambda f: f.relative_to(root).as_posix())
+
+
+def _refuse_several_splits(path: pathlib.Path, where: str) -> None:
+    """What Hugging Face's `DatasetDict.save_to_disk` writes holds test sets beside the rest."""
+    try:
+        splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise ValueError(f"{where} holds the splits {', '.join(splits)}; set it to one, {path}/train")
 
 
 def _files_below(directory: pathlib.Path, seen: set[str]) -> Iterator[pathlib.Path]:
@@ -242,7 +305,7 @@ def _of_known_format(
         endings = ", ".join(sorted({f.suffix or f.name for f in files})[:8])
         raise ValueError(
             f"{where}: no file has an ending that tells its format (found: {endings}; known: "
-            f"{', '.join(_ENDINGS)}, each also with .zst or .gz but parquet); "
+            f"{', '.join(_ENDINGS)}, each also with .zst or .gz but parquet and arrow); "
             f"set data.sources.{source.name}.format"
         )
     counts = collections.Counter(entry.format for entry in inputs)
@@ -259,7 +322,7 @@ def _format_of(path: pathlib.Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         inner = _ENDINGS.get(suffixes[-2], "") if len(suffixes) > 1 else ""
-        return inner if inner != "parquet" else ""
+        return inner if inner not in ("parquet", "arrow") else ""
     return _ENDINGS.get(suffixes[-1], "") if suffixes else ""
 
 

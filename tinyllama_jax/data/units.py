@@ -34,6 +34,7 @@ _RECORDS = "units"
 _WORK_SUFFIX = ".work"
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARS = 1 << 20
+_PACKING = 3  # SlimPajama's zstd and Starcoderdata's parquet, about
 
 # Told of bytes read and tokens written since the last call.
 Advance = Callable[[int, int], None]
@@ -53,44 +54,59 @@ class Unit:
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.inputs)
 
+    @property
+    def names(self) -> tuple[tuple[str, int], ...]:
+        """Its inputs as its record tells of them."""
+        return tuple((entry.name, entry.bytes) for entry in self.inputs)
+
 
 @dataclasses.dataclass(frozen=True)
 class UnitRecord:
-    """What a finished unit left behind."""
+    """What a finished unit left behind.
 
-    shards: dict[str, ShardEntry]  # by split; a split without documents has none
+    Attributes:
+      shards: by the directory that they stand in, as "train" or "C4/train" of a source in subsets;
+        one without documents has none.
+      inputs: names and bytes of what was read.
+      tally: what was met.
+    """
+
+    shards: dict[str, ShardEntry]
+    inputs: tuple[tuple[str, int], ...]
     tally: Tally
 
     def to_json(self) -> bytes:
-        shards = {split: dataclasses.asdict(entry) for split, entry in self.shards.items()}
-        return json.dumps({"shards": shards, "tally": vars(self.tally)}, indent=1).encode()
+        shards = {place: dataclasses.asdict(entry) for place, entry in self.shards.items()}
+        tree = {"shards": shards, "inputs": self.inputs, "tally": vars(self.tally)}
+        return json.dumps(tree, indent=1).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> UnitRecord:
         tree = json.loads(content)
         shards = {
-            split: ShardEntry(**{**entry, "inputs": tuple(entry["inputs"])})
-            for split, entry in tree["shards"].items()
+            place: ShardEntry(**{**entry, "inputs": tuple(entry["inputs"])})
+            for place, entry in tree["shards"].items()
         }
+        inputs = tuple((str(name), int(size)) for name, size in tree["inputs"])
         tally = tree["tally"]
         for kind in ("skipped", "repaired"):
             tally[kind] = collections.Counter(tally[kind])
-        return cls(shards, Tally(**tally))
+        return cls(shards, inputs, Tally(**tally))
 
 
 def group_inputs(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
     """Cuts the inputs of a source into the groups that are units.
 
     The groups depend on the inputs alone, not on the number of processes: the shards must not. They
-    aim at 64 units, each between 1 MiB and 256 MiB of input.
+    aim at 64 units, each of 1 MiB to 4 GiB of text, which is about 2**30 tokens.
     """
-    total = sum(entry.bytes for entry in inputs)
-    target = min(max(total // 64, 1 << 20), 256 << 20)
+    total = sum(map(_text_bytes, inputs))
+    target = min(max(total // 64, 1 << 20), 4 << 30)
     group: list[Input] = []
     size = 0
     for entry in inputs:
         group.append(entry)
-        size += entry.bytes
+        size += _text_bytes(entry)
         if size >= target:
             yield tuple(group)
             group, size = [], 0
@@ -98,14 +114,31 @@ def group_inputs(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
         yield tuple(group)
 
 
+def _text_bytes(entry: Input) -> int:
+    """What an input comes to when it is unpacked, about."""
+    packed = entry.format == "parquet" or entry.name.lower().endswith((".zst", ".gz"))
+    return entry.bytes * (_PACKING if packed else 1)
+
+
 def read_record(unit: Unit) -> UnitRecord | None:
-    """The record of a finished unit whose shards are still there; None: it is to be done."""
+    """The record of a finished unit whose shards are still there; None: it is to be done.
+
+    Raises:
+      ValueError: it tells of other inputs than the unit's.
+    """
     try:
         record = UnitRecord.from_json(_record_path(unit).read_bytes())
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None  # a damaged record says nothing: the unit is done again
-    for split, entry in record.shards.items():
-        if not shard_is_there(pathlib.Path(unit.directory, split), entry):
+    if record.inputs != unit.names:
+        raise ValueError(
+            f"{_record_path(unit)} tells of {len(record.inputs)} inputs, from "
+            f"{record.inputs[0][0] if record.inputs else 'none'} on, where the unit has "
+            f"{len(unit.inputs)}, from {unit.inputs[0].name} on: it was written for other inputs; "
+            f"delete {unit.directory} and start again"
+        )
+    for place, entry in record.shards.items():
+        if not shard_is_there(pathlib.Path(unit.directory, place), entry):
             return None
     return record
 
@@ -135,17 +168,23 @@ def _write_unit(unit: Unit, tokenizer: Tokenizer, advance: Advance, work: pathli
     writers: dict[str, ShardWriter] = {}
     try:
         _write_documents(unit, tokenizer, writers, work, tally, advance)
-        shards = {split: writers[split].close() for split in sorted(writers)}
+        shards = {place: writers[place].close() for place in sorted(writers)}
     except BaseException:
         for writer in writers.values():
             writer.discard()
         raise
-    write_durably(work / "record.json", UnitRecord(shards, tally).to_json())
-    for split, entry in shards.items():
-        final = pathlib.Path(unit.directory, split, entry.file)
-        os.replace(documents_path(work / split / entry.file), documents_path(final))
-        os.replace(work / split / entry.file, final)
+    write_durably(work / "record.json", UnitRecord(shards, unit.names, tally).to_json())
+    for place, entry in shards.items():
+        final = pathlib.Path(unit.directory, place, entry.file)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(documents_path(work / place / entry.file), documents_path(final))
+        os.replace(work / place / entry.file, final)
     os.replace(work / "record.json", _record_path(unit))
+
+
+def place_of(subset: str, split: str) -> str:
+    """The directory, below a source's, of one split of one subset; "": of a source without."""
+    return f"{subset}/{split}" if subset else split
 
 
 def shard_is_there(directory: pathlib.Path, entry: ShardEntry) -> bool:
@@ -164,9 +203,9 @@ def remove_abandoned_work(directory: pathlib.Path) -> None:
             shutil.rmtree(work)
 
 
-def make_directories(directory: pathlib.Path) -> None:
-    for name in (*SPLITS, _RECORDS):
-        (directory / name).mkdir(parents=True, exist_ok=True)
+def make_directory(directory: pathlib.Path) -> None:
+    """Makes the prepared directory of a source, without anything in it."""
+    (directory / _RECORDS).mkdir(parents=True, exist_ok=True)
 
 
 def _write_documents(
@@ -188,13 +227,13 @@ def _write_documents(
                 tally.documents -= 1
                 tally.skipped["documents without tokens"] += 1
                 continue
-            split = "validation" if document.validation else "train"
-            if split not in writers:
-                (work / split).mkdir()
-                shard = work / split / f"{unit.index:05d}.arrayrecord"
-                writers[split] = ShardWriter(shard, tokenizer.vocab_size)
+            place = place_of(document.subset, "validation" if document.validation else "train")
+            if place not in writers:
+                (work / place).mkdir(parents=True)
+                shard = work / place / f"{unit.index:05d}.arrayrecord"
+                writers[place] = ShardWriter(shard, tokenizer.vocab_size)
             stream = np.concatenate([before, ids, after])
-            writers[split].add(stream, document.record, input_name)
+            writers[place].add(stream, document.record, input_name)
             tokens += stream.size
         advance(tally.bytes_read - bytes_told, tokens)
         bytes_told = tally.bytes_read

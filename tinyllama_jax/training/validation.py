@@ -18,7 +18,10 @@ from tinyllama_jax.training.watchdog import Watchdog
 
 
 class ValidationData(Protocol):
-    """What is asked of a source's held-out text; `data.dataset.ValidationDataset`."""
+    """What is asked of a stream's held-out text; `data.dataset.ValidationDataset`."""
+
+    @property
+    def weight(self) -> float: ...
 
     def batches(self, rows: int) -> Iterator[Batch]: ...
 
@@ -42,16 +45,15 @@ def make_validation(
     Args:
       config: the run's settings.
       model, loss_fn: as in training.
-      validation: held-out text by source; may be empty.
+      validation: held-out text by name; may be empty.
       interrupted: asked before every batch, in all processes alike.
       watchdog: hears of every batch.
 
     Returns:
-      `params -> record`, which raises `Interrupted` where it is. The record has `eval/SOURCE/loss`
-      for every source, and in `eval/loss` their mean, weighted like the training mixture; it is
-      empty where nothing is held out.
+      `params -> record`, which raises `Interrupted` where it is. The record has `eval/NAME/loss`
+      for every name, and in `eval/loss` their mean by weight; it is empty where nothing is held
+      out.
     """
-    weights = {source.name: source.weight for source in config.data.sources}
     eval_step = make_eval_step(model, loss_fn)
 
     def source_loss(params: Params, source: ValidationData) -> float:
@@ -72,7 +74,7 @@ def make_validation(
         losses = {name: source_loss(params, source) for name, source in validation.items()}
         if not losses:
             return {}
-        share = {name: weights.get(name, 1.0) for name in losses}
+        share = {name: source.weight for name, source in validation.items()}
         mean = sum(share[n] * loss for n, loss in losses.items()) / sum(share.values())
         return {f"eval/{name}/loss": loss for name, loss in losses.items()} | {"eval/loss": mean}
 
