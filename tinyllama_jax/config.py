@@ -146,7 +146,7 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
-    seconds: int = _free(1800)  # without a finished step until the process ends; 0: never
+    seconds: int = _free(1800)  # in which nothing moves until the process ends; 0: never
     peer_seconds: int = _free(60)  # without a sign of another process until it counts as lost
 
 

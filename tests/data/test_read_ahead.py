@@ -51,6 +51,23 @@ def test_the_thread_ends_with_whoever_consumes():
     assert reading_threads() == []
 
 
+def test_pauses_between_attempts_do_not_count_as_hanging(monkeypatch, capsys):
+    """A pause and a read that are each shorter than the patience, but longer together."""
+    monkeypatch.setattr(module, "_PAUSES", (0.3,))
+    attempts = []
+
+    def read(number):
+        attempts.append(number)
+        if len(attempts) == 1:
+            raise OSError("the disk is away")
+        time.sleep(0.3)
+        return number
+
+    with read_ahead(read, [7], reopen=lambda: None, patience=0.45) as items:
+        assert list(items) == [7]
+    assert attempts == [7, 7] and "was not read within" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error, failures", [(OSError, 6), (ValueError, 3)])
 def test_a_read_that_fails_is_tried_again(error, failures, capsys):
     left, reopened = itertools.repeat(None, failures), []

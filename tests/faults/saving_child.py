@@ -38,7 +38,7 @@ def die_at(moment: str) -> None:
         integrity.seal = lambda *arguments: (seal(*arguments), kill_self())
     elif moment == "while replacing":
         Path.rename = lambda path, to: (
-            kill_self() if path.suffix == ".unsealed" else rename(path, to)
+            kill_self() if path.suffix.startswith(".unsealed") else rename(path, to)
         )
     elif moment == "while deleting the old":
 

@@ -183,9 +183,10 @@ def test_an_old_step_is_deleted_only_once_a_newer_one_is_sealed(tmp_path, monkey
     seen = []
     publish = checkpoint._seal_and_publish
 
-    def watched(directory, *arguments):
+    def watched(unsealed, *arguments):
+        directory = unsealed.parent
         seen.append((directory / "1" / SEAL).is_file())
-        publish(directory, *arguments)
+        publish(unsealed, *arguments)
         seen.append((directory / "1" / SEAL).is_file() and (directory / "2" / SEAL).is_file())
 
     monkeypatch.setattr(checkpoint, "_seal_and_publish", watched)

@@ -90,10 +90,13 @@ def test_saves_that_failed_are_told_with_the_reason(run_dir, capsys):
     with pytest.raises(SystemExit, match="1"):
         doctor.main(["doctor", str(run_dir)])
     assert "[FAIL] saves: 1, which" in capsys.readouterr().out
-    (run_dir / "checkpoints/10").mkdir(parents=True)
-    (run_dir / "checkpoints/10/integrity.json").touch()
+    (run_dir / "checkpoints/5").mkdir(parents=True)  # of a later start from an earlier step
+    (run_dir / "checkpoints/5/integrity.json").touch()
+    discarded = {"step": 9, "save_failed": "an older one", "time": BEGAN + 100}
+    with open(run_dir / "metrics.discarded.jsonl", "a") as file:
+        file.write(json.dumps(discarded) + "\n")
     [finding] = [f for f in examine_run(run_dir) if f.subject == "saves"]
-    assert finding.text.endswith("failed, the last at step 9 (no space)")
+    assert finding.text.endswith("2 failed, the last at step 9 (no space)")
     assert finding.level == "warning"
 
 

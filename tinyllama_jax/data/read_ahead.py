@@ -40,9 +40,9 @@ def read_ahead(
 
     A thread reads up to `depth` of them ahead, from the moment the context is entered until it is
     left. A read that fails is tried again: with an OSError that may pass for as long as it takes,
-    with another error three times; then it is raised where its turn comes. A thread that gives
-    nothing for `patience` seconds is left to itself, and another one reads instead, for twice as
-    long. All is told on standard error.
+    with another error three times; then it is raised where its turn comes. A read that
+    takes more than `patience` seconds is left to its thread, and another one reads instead, for
+    twice as long. All is told on standard error.
 
     Args:
       read: called by the threads; the same for the same number.

@@ -227,7 +227,8 @@ class _Peers:
             _client().key_value_set(f"failed/{self._number}", str(error) or type(error).__name__)
             if self._number == 0:  # with it the service ends
                 time.sleep(2 * _ASK_SECONDS)
-            # Else threads of a save that was given up would keep the process for 20 minutes.
+            # Else threads of a save that was given up would wait for the others for 20 minutes, and
+            # the process for them. One that still writes is waited for to its end.
             jax.distributed.shutdown()
 
     def explain(self, error: Exception) -> None:
@@ -245,18 +246,23 @@ class _Peers:
 
     def _ask(self) -> None:
         """Ends the process where one of the others failed or does not live."""
+        client = _client()
+        if client is None:  # this process has left
+            return
         try:
-            failed = _client().key_value_dir_get("failed")
-            live = [] if failed else _client().get_live_nodes(list(range(self._count)))
+            failed = client.key_value_dir_get("failed")
+            live = [] if failed else client.get_live_nodes(list(range(self._count)))
+            missing = sorted(set(range(self._count)) - set(live) - {self._number})
+            if missing:  # one that failed has said so before it left
+                failed = client.key_value_dir_get("failed")
         except jax.errors.JaxRuntimeError:
-            if not self._coordinator_answers():
+            if self._leaving is None and not self._coordinator_answers():
                 self._lost([0])
             return
         if self._leaving is not None:
             return
         if failed:
             self._others_failed(*failed[0])
-        missing = sorted(set(range(self._count)) - set(live) - {self._number})
         if missing:
             self._lost(missing)
 

@@ -4,8 +4,8 @@ Orbax writes and reads the arrays and is imported here and in `restore` alone. S
 deleting steps are ours: Orbax restores a flipped bit without a word and takes an empty directory
 for the latest step.
 
-A save is written under `<step>.unsealed`, sealed there and then renamed to `<step>`, so that a kill
-at any moment leaves every earlier step as it was. Params and everything else (`training`) are
+A save is written under `<step>.unsealed-<n>`, sealed there and then renamed to `<step>`, so that a
+kill at any moment leaves every earlier step as it was. Params and everything else (`training`) are
 separate parts of a step: generation and conversion read the params alone.
 
 Of several processes each writes and reads its own parts of the arrays; the main one makes room,
@@ -92,13 +92,15 @@ class Checkpointer:
         metadata_text = json.dumps(metadata, indent=1) + "\n"  # now, as the caller may change it
         self.wait()
         self._failed = False
-        self._failure = f"save {next(_saves)} failed"
+        attempt = next(_saves)
+        self._failure = f"save {attempt} failed"
+        unsealed = steps.unsealed_path(self._directory, step, attempt)
         try:
             with distributed.together():
                 if distributed.is_main():
                     self._directory.mkdir(parents=True, exist_ok=True)
                     steps.remove_transient(self._directory)
-                    self._try_to_write(step)
+                    _try_to_write(unsealed)
             params, training = parts.split_state(state)
             arrays = parts.named_leaves(params, "params") | training
             self._step_bytes = sum(array.nbytes for array in arrays.values())
@@ -106,12 +108,12 @@ class Checkpointer:
             descriptions = {name: parts.abstract_array(array) for name, array in arrays.items()}
             with distributed.together(), _orbax_context():
                 writing = ocp.save_checkpointables_async(
-                    steps.unsealed_path(self._directory, step),
+                    unsealed,
                     {"params": params, "training": training},
                 )
         except Exception as error:  # whatever it is, training is worth more than this save
-            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # a process is lost, which is no matter of this save
+            if jax.process_count() > 1 and not isinstance(error, (ValueError, OSError)):
+                raise  # a process is lost, or this one alone knows of it
             self._report_failure(step, error)
             return time.perf_counter() - began
 
@@ -121,7 +123,7 @@ class Checkpointer:
                 if not distributed.is_main():
                     return
                 described = integrity.describe(descriptions, jax.device_get(prints))
-                _seal_and_publish(self._directory, step, described, metadata_text)
+                _seal_and_publish(unsealed, step, described, metadata_text)
                 self._remove_old(step)
             except Exception as error:
                 if not isinstance(error, PeerFailed):
@@ -238,15 +240,6 @@ class Checkpointer:
             if step not in keep and not params_only:
                 steps.remove(self._directory / str(step))
 
-    def _try_to_write(self, step: int) -> None:
-        """Raises OSError where the disk takes nothing, before others wait for this process."""
-        probe = steps.unsealed_path(self._directory, step)
-        probe.mkdir()
-        try:
-            (probe / METADATA).write_bytes(bytes(4096))
-        finally:
-            shutil.rmtree(probe)
-
     def _wait_for_all(self, writing: ocp.AsyncResponse[None]) -> None:
         """Waits until all processes have written their parts; raises where one could not.
 
@@ -278,7 +271,8 @@ class Checkpointer:
             return
         self._failures.put((step, first_line(error)))
         if jax.process_count() > 1:
-            # One whose files go before it has asked would tell of that instead of the reason.
+            # One whose files go before it has asked would tell of that instead of the reason. What
+            # it still writes comes into being again, and goes with the next save.
             time.sleep(2 * _ASK_SECONDS)
         try:
             steps.remove_transient(self._directory)
@@ -320,11 +314,12 @@ def save_params(run_dir: Path, params: PyTree, metadata: dict[str, Any]) -> None
         )
     directory.mkdir(parents=True, exist_ok=True)
     steps.remove_transient(directory)
+    unsealed = steps.unsealed_path(directory, 0, next(_saves))
     arrays = parts.named_leaves(params, "params")
     described = integrity.describe(arrays, jax.device_get(integrity.fingerprints(arrays)))
     with _orbax_context():
-        ocp.save_checkpointables(steps.unsealed_path(directory, 0), {"params": params})
-    _seal_and_publish(directory, 0, described, json.dumps(metadata, indent=1) + "\n")
+        ocp.save_checkpointables(unsealed, {"params": params})
+    _seal_and_publish(unsealed, 0, described, json.dumps(metadata, indent=1) + "\n")
 
 
 def _orbax_context() -> ocp.Context:
@@ -336,10 +331,23 @@ def _orbax_context() -> ocp.Context:
     return context
 
 
+def _try_to_write(unsealed: Path) -> None:
+    """Raises OSError where the disk takes nothing.
+
+    In Orbax's own attempt the other processes would wait five minutes for one that fails there.
+    """
+    probe = unsealed.with_name(f"{unsealed.name}.probe")
+    try:
+        for part in ("params", "training"):
+            (probe / part).mkdir(parents=True)
+            (probe / part / METADATA).write_bytes(bytes(4096))
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+
+
 def _seal_and_publish(
-    directory: Path, step: int, described: Mapping[str, Any], metadata: str
+    unsealed: Path, step: int, described: Mapping[str, Any], metadata: str
 ) -> None:
-    unsealed = steps.unsealed_path(directory, step)
     (unsealed / METADATA).write_text(metadata)
     integrity.seal(unsealed, step, described)
-    steps.publish(directory, step)
+    steps.publish(unsealed, step)

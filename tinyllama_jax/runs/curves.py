@@ -104,8 +104,9 @@ def read_curves(run_dirs: Sequence[Path]) -> list[RunCurves]:
 
 def final_numbers(run: RunCurves) -> dict[str, str]:
     """The last values of a run, ready to print, by the name of the column."""
-    numbers = {"run": run.label, "steps": f"{run.records[-1]['step']:,}"}
-    tokens = run.records[-1].get("tokens_seen")
+    last = max(run.records, key=lambda record: record["step"])  # a failed save is told later
+    numbers = {"run": run.label, "steps": f"{last['step']:,}"}
+    tokens = last.get("tokens_seen")
     numbers["tokens"] = _count(tokens) if tokens is not None else ""
     if len(run.loss.values):
         numbers["training loss"] = f"{smooth(run.loss.values)[-1]:.4f}"

@@ -1,9 +1,9 @@
 """The step directories of a run, and which of them are kept.
 
-`<step>` is published, `<step>.unsealed` is being written, `<step>.replaced` gives way to a new save
-of the same step, `<step>.superseded` lies beyond where the run was rewound to, `<step>.removed` is
-being deleted. Renames lead from one to the next, so that a
-kill leaves nothing half done under a step's own name.
+`<step>` is published, `<step>.unsealed-<n>` is being written (by the n-th save of a process),
+`<step>.replaced` gives way to a new save of the same step, `<step>.superseded` lies beyond where
+the run was rewound to, `<step>.removed` is being deleted. Renames lead from one to the next, so
+that a kill leaves nothing half done under a step's own name.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllama_jax.durable import sync_directory
 from tinyllama_jax.runs import integrity
 
-# Somebody writes or deletes there too: a process that has not yet given a save up.
+# Somebody writes there: threads that nobody stops, of a save that was given up.
 _IN_USE = (errno.ENOTEMPTY, errno.ENOENT)
 _TRANSIENT = re.compile(r"\d+\.(unsealed|replaced|superseded|removed)")
 
@@ -50,14 +49,15 @@ def undo_interrupted_replacement(directory: Path) -> None:
             replaced.rename(final)
 
 
-def unsealed_path(directory: Path, step: int) -> Path:
-    """Where a step is written."""
-    return directory / f"{step}.unsealed"
+def unsealed_path(directory: Path, step: int, attempt: int) -> Path:
+    """Where a step is written: another place each time, as an attempt that failed may go on."""
+    return directory / f"{step}.unsealed-{attempt}"
 
 
-def publish(directory: Path, step: int) -> None:
+def publish(unsealed: Path, step: int) -> None:
     """Gives a sealed step its name; a step that had it before is deleted."""
-    unsealed, final = unsealed_path(directory, step), directory / str(step)
+    directory = unsealed.parent
+    final = directory / str(step)
     replaced = directory / f"{step}.replaced"
     if final.exists():
         final.rename(replaced)
@@ -89,20 +89,11 @@ def remove_transient(directory: Path) -> None:
     """Deletes what killed or failed saves and deletions have left."""
     for path in directory.iterdir() if directory.is_dir() else ():
         if _TRANSIENT.match(path.name):
-            _delete_in_use(path)
-
-
-def _delete_in_use(path: Path) -> None:
-    for attempts_left in (2, 1, 0):
-        try:
-            shutil.rmtree(path)
-            return
-        except OSError as error:
-            if not path.exists():
-                return
-            if not (attempts_left and error.errno in _IN_USE):
-                raise
-            time.sleep(1)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                if error.errno not in _IN_USE:  # else the next one deletes the rest
+                    raise
 
 
 def step_directories(directory: Path) -> list[Path]:

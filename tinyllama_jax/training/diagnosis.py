@@ -31,6 +31,7 @@ def examine_run(run_dir: Path) -> list[Finding]:
     kept, discarded = read_metrics(run_dir), read_discarded(run_dir)
     records, given_up = ([r for r in lines if "loss" in r] for lines in (kept, discarded))
     failed_saves = [record for record in discarded + kept if "save_failed" in record]
+    failed_saves.sort(key=lambda record: record["time"])
     if not records:
         raise ValueError(f"{run_dir} has logged no training step yet")
     last = records[-1]["step"]
@@ -48,7 +49,7 @@ def examine_run(run_dir: Path) -> list[Finding]:
     findings += [_skipped(records, config), _checkpoints(run_dir, last)]
     if (run_dir / STACKS).exists():
         findings.append(
-            Finding("watchdog", f"steps stopped for watchdog.seconds; {run_dir / STACKS} shows "
+            Finding("watchdog", f"nothing moved for watchdog.seconds; {run_dir / STACKS} shows "
                     "what each thread was doing", "warning")
         )  # fmt: skip
     return findings
@@ -121,8 +122,9 @@ def _saves(run_dir: Path, records: list[dict[str, Any]], failed: list[dict[str, 
         return Finding("saves", text)
     last = failed[-1]
     text += f"; {len(failed)} failed, the last at step {last['step']} ({last['save_failed']})"
-    sealed = steps.sealed_steps(Path(run_dir).resolve() / CHECKPOINTS)
-    if max(sealed, default=0) >= last["step"]:
+    directory = Path(run_dir).resolve() / CHECKPOINTS
+    seals = [directory / str(step) / integrity.SEAL for step in steps.sealed_steps(directory)]
+    if any(seal.stat().st_mtime > last["time"] for seal in seals):
         return Finding("saves", text, "warning")
     return Finding(
         "saves", f"{text}, and none has succeeded since: make room, or make it writable", "problem"

@@ -180,6 +180,7 @@ def train(
                 timer.count_step()
                 watchdog.beat()
                 progress.advance()
+                write_failed_saves()
                 if int(metrics["skipped_in_a_row"]) >= config.guard.max_consecutive:
                     raise ValueError(_too_many_skipped(step, metrics, config, data))
                 if _is_due(step, config.logging.every_steps) or step in (1, total_steps):
@@ -187,7 +188,6 @@ def train(
                     del record["skipped_in_a_row"]
                     record |= timer.read()
                     writer.write(_at(step, config) | record)
-                    write_failed_saves()
                     progress.advance(0, _summary(record))
 
             def save(step: int, state: TrainState) -> None:
