@@ -21,9 +21,13 @@ def get_config():
     # Without a loop over layers: nothing is copied into stacked arrays (launch/TUNING.md).
     config.model.scan_unroll = 0
     config.data.tokenizer = "data/tokenizer.model"  # Llama 2's, 32,000 pieces
-    config.data.sources.slimpajama = source(path="data/SlimPajama-627B/train", weight=0.693584)
+    # Each subset, and each language, is a stream of its own, weighed by its tokens as published.
+    config.data.sources.slimpajama = source(
+        path="data/SlimPajama-627B/train", weight=0.693584,
+        subset_key="meta.redpajama_set_name", subsets="-RedPajamaGithub",
+    )  # fmt: skip
     config.data.sources.starcoder = source(
-        path="data/starcoderdata", text_key="content", weight=0.306416
+        path="data/starcoderdata", text_key="content", weight=0.306416, subset_key="directory"
     )
     config.data.seq_len = 2048
     config.optimizer.update(

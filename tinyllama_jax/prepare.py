@@ -32,12 +32,13 @@ def main(argv: list[str]) -> None:
 
 
 def _print_table(directories: dict[str, pathlib.Path]) -> None:
-    print(f"\n{'source':<16}{'split':<12}{'documents':>12}{'tokens':>18}  directory")
+    width = max(map(len, [*directories, "source"])) + 2
+    print(f"\n{'source':<{width}}{'split':<12}{'documents':>12}{'tokens':>18}  directory")
     for name, directory in directories.items():
         for split in ("train", "validation"):
             manifest = read_manifest(directory / split)
             print(
-                f"{name:<16}{split:<12}{manifest.documents:>12,}{manifest.tokens:>18,}  "
+                f"{name:<{width}}{split:<12}{manifest.documents:>12,}{manifest.tokens:>18,}  "
                 f"{directory / split}"
             )
 
