@@ -18,6 +18,7 @@ import pytest
 
 from tinyllama_jax.config import DataConfig, SourceConfig
 from tinyllama_jax.data import pages, prepare, units
+from tinyllama_jax.data.prepared import is_prepared
 from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
 from tinyllama_jax.data.stream import ShardReaders, Stream
 from tinyllama_jax.text.tokenizer import SHIPPED_MODEL, Tokenizer
@@ -194,7 +195,7 @@ def test_a_lost_or_shortened_shard_is_written_again(corpus, reference, tmp_path)
     shutil.copytree(reference, directory)
     os.truncate(directory / "train" / "00003.arrayrecord", 5000)
     (directory / "validation" / "00004.arrayrecord").unlink()
-    assert not prepare.is_prepared(SourceConfig(name="books"), directory)
+    assert not is_prepared(SourceConfig(name="books"), directory)
     prepare.prepare_sources(config(corpus, tmp_path), workers=1)
     assert contents(directory) == contents(reference)
 
@@ -306,7 +307,7 @@ def test_work_that_another_start_took_for_abandoned_is_begun_again(small, tmp_pa
 
     monkeypatch.setattr(units, "_locked", late)
     directory = prepare.prepare_sources(config(small, tmp_path), workers=1)["books"]
-    assert removed and prepare.is_prepared(SourceConfig(name="books"), directory)
+    assert removed and is_prepared(SourceConfig(name="books"), directory)
     assert not list(directory.glob("units/*.work"))
 
 

@@ -12,7 +12,8 @@ from tinyllama_jax.config import Config, DataConfig, EvaluationConfig, ModelConf
 from tinyllama_jax.config_rules import chosen_subsets, subset_weights, validate
 from tinyllama_jax.data.corpus import open_datasets
 from tinyllama_jax.data.mixture import divided
-from tinyllama_jax.data.prepare import is_prepared, prepare_sources
+from tinyllama_jax.data.prepare import prepare_sources
+from tinyllama_jax.data.prepared import is_prepared
 from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
 from tinyllama_jax.data.stream import Stream
 from tinyllama_jax.text.tokenizer import Tokenizer

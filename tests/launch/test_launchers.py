@@ -74,7 +74,8 @@ def fake(tmp_path):
             f'echo "python $*" >> {calls}; code=$(head -n 1 {left}); sed -i 1d {left}; exit $code',
         )
         program(bin_dir / "srun", 'while [[ $1 == -* ]]; do shift; done; "$@"')
-        program(bin_dir / "scontrol", f'echo "scontrol $*" >> {calls}')
+        for name in ("scontrol", "sbatch"):
+            program(bin_dir / name, f'echo "{name} $* ${{FINISH:-}}" | sed "s/ $//" >> {calls}')
         done = subprocess.run(
             ["bash", LAUNCH / script, "--config=configs/tiny_debug.py", "--workdir=a b", *flags],
             env={**os.environ, **variables, "PATH": f"{bin_dir}:{os.environ['PATH']}",
@@ -89,6 +90,29 @@ def fake(tmp_path):
 
 
 TRAIN = "python -m tinyllama_jax.train --config=configs/tiny_debug.py --workdir=a b"
+
+
+PREPARE = "python -m tinyllama_jax.prepare {} --config=configs/tiny_debug.py --workdir=a b"
+
+
+def test_slurm_prepares_in_parts_and_finishes(fake):
+    array = {"SLURM_ARRAY_TASK_MAX": "15", "SLURM_ARRAY_JOB_ID": "5"}
+    finish = (
+        "sbatch --export=ALL --array=0 --dependency=afterok:5 launch/prepare_slurm.sbatch "
+        "--config=configs/tiny_debug.py --workdir=a b 1"
+    )
+    script = "prepare_slurm.sbatch"
+    assert fake(script, 0, SLURM_ARRAY_TASK_ID="0", **array) == (
+        0, [finish, PREPARE.format("--part=0/16")]
+    )  # fmt: skip
+    assert fake(script, 1, SLURM_ARRAY_TASK_ID="7", **array) == (
+        1, [finish, PREPARE.format("--part=0/16"), PREPARE.format("--part=7/16")]
+    )  # fmt: skip
+    # Back from the queue, the last job is there already.
+    status, calls = fake(script, 0, SLURM_ARRAY_TASK_ID="0", SLURM_RESTART_COUNT="1", **array)
+    assert (status, calls[3:]) == (0, [PREPARE.format("--part=0/16")])
+    status, calls = fake(script, 0, SLURM_ARRAY_TASK_ID="0", FINISH="1", **array)
+    assert (status, calls[4:]) == (0, [PREPARE.format("--finish")])
 
 
 @pytest.mark.parametrize(

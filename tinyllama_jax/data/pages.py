@@ -195,6 +195,30 @@ def documents_path(shard: pathlib.Path) -> pathlib.Path:
     return shard.with_name(shard.name + DOCUMENTS_SUFFIX)
 
 
+def verify_shard(path: pathlib.Path, entry: ShardEntry) -> None:
+    """Hashes a shard and its document index, and counts the documents.
+
+    Raises:
+      DamagedDataError: one of the two files is missing, or not what was written.
+      OSError: the disk does not give them.
+    """
+    index = documents_path(path)
+    for file, expected in ((path, entry.sha256), (index, entry.documents_sha256)):
+        if not file.exists():
+            raise DamagedDataError(f"{file} is missing")
+        with open(file, "rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != expected:
+            raise DamagedDataError(f"{file} has another sha256 than was written")
+    table = np.fromfile(index, DOCUMENT_DTYPE)
+    counts = (len(table), int(table["tokens"].sum(dtype=np.int64)))
+    if counts != (entry.documents, entry.tokens) or table["input"].max() >= len(entry.inputs):
+        raise DamagedDataError(
+            f"{index} tells of {counts[0]} documents with {counts[1]} tokens, where "
+            f"{entry.documents} with {entry.tokens} were counted"
+        )
+
+
 def write_manifest(directory: pathlib.Path, manifest: Manifest) -> None:
     """Writes `manifest.json`, the last file of a prepared directory, atomically."""
     tree = {"format": _FORMAT_VERSION, "page_tokens": PAGE_TOKENS, **dataclasses.asdict(manifest)}

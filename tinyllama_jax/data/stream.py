@@ -23,6 +23,7 @@ from tinyllama_jax.data.pages import (
     documents_path,
     page_dtype,
     read_manifest,
+    verify_shard,
 )
 
 # No readahead threads, and a small buffer: access is by page, at random.
@@ -279,12 +280,10 @@ class Stream:
         """
         damaged = []
         for path, entry in zip(self._paths, self.manifest.shards, strict=True):
-            index = documents_path(path)
-            for file, expected in ((path, entry.sha256), (index, entry.documents_sha256)):
-                if not file.exists():
-                    damaged.append(f"{file} is missing")
-                elif _sha256(file) != expected:
-                    damaged.append(f"{file} has another sha256 than the manifest")
+            try:
+                verify_shard(path, entry)
+            except DamagedDataError as error:
+                damaged.append(str(error))
         if damaged:
             raise DamagedDataError("; ".join([*damaged, _PREPARE_AGAIN]))
 

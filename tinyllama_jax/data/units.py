@@ -100,13 +100,13 @@ def group_inputs(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
     The groups depend on the inputs alone, not on the number of processes: the shards must not. They
     aim at 64 units, each of 1 MiB to 4 GiB of text, which is about 2**30 tokens.
     """
-    total = sum(map(_text_bytes, inputs))
+    total = sum(map(text_bytes, inputs))
     target = min(max(total // 64, 1 << 20), 4 << 30)
     group: list[Input] = []
     size = 0
     for entry in inputs:
         group.append(entry)
-        size += _text_bytes(entry)
+        size += text_bytes(entry)
         if size >= target:
             yield tuple(group)
             group, size = [], 0
@@ -114,7 +114,7 @@ def group_inputs(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
         yield tuple(group)
 
 
-def _text_bytes(entry: Input) -> int:
+def text_bytes(entry: Input) -> int:
     """What an input comes to when it is unpacked, about."""
     packed = entry.format == "parquet" or entry.name.lower().endswith((".zst", ".gz"))
     return entry.bytes * (_PACKING if packed else 1)
@@ -141,6 +141,13 @@ def read_record(unit: Unit) -> UnitRecord | None:
         if not shard_is_there(pathlib.Path(unit.directory, place), entry):
             return None
     return record
+
+
+def discard(unit: Unit, record: UnitRecord) -> None:
+    """Makes a finished unit one that is to be done again."""
+    for place, entry in record.shards.items():
+        pathlib.Path(unit.directory, place, entry.file).unlink(missing_ok=True)
+    _record_path(unit).unlink(missing_ok=True)
 
 
 def write_unit(unit: Unit, tokenizer: Tokenizer, advance: Advance) -> None:
