@@ -54,7 +54,9 @@ class SourceConfig:
     # A file, a directory or a glob; tfds:NAME; for format "embedded": code or text. It may change:
     # what counts is the content, which every checkpoint holds a fingerprint of.
     path: str = _free("")
-    format: str = "auto"  # auto (by file ending), text, jsonl, parquet, arrow, tfds, embedded
+    # auto (by file ending), text, jsonl, parquet, arrow, tfds, embedded; litpkds: ids, as lit-gpt's
+    # packer wrote them
+    format: str = "auto"
     text_key: str = "text"  # the column or JSON key that holds the document
     separator: str = ""  # plain text: stands between documents, \n a line end; "": one per file
     # What parts the source into subsets, each a stream of its own in the mixture: "directory" (the

@@ -6,6 +6,8 @@ from typing import Any
 
 from tinyllama_jax.config import Config, SamplingConfig, raise_all
 
+_FORMATS = ("auto", "text", "jsonl", "parquet", "arrow", "litpkds", "tfds", "embedded")
+
 
 def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int = 0) -> None:
     """Checks every rule that joins settings, and raises once with all that fail.
@@ -128,8 +130,7 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
 
     for entry in d.sources:
         name = f"data.sources.{entry.name}"
-        one_of(f"{name}.format", entry.format,
-               ("auto", "text", "jsonl", "parquet", "arrow", "tfds", "embedded"))  # fmt: skip
+        one_of(f"{name}.format", entry.format, _FORMATS)
         require(entry.path != "", f"{name}.path is empty: name the files to read")
         require(entry.weight > 0, f"{name}.weight = {entry.weight} must be greater than 0; "
                 "to leave a source out, remove it")  # fmt: skip

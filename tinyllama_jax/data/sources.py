@@ -35,9 +35,11 @@ _ENDINGS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".bin": "litpkds",
     ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
 _COMPRESSED = (".zst", ".gz")
+_NEVER_COMPRESSED = ("parquet", "arrow", "litpkds")
 _READERS = {
     "jsonl": formats.read_jsonl, "parquet": formats.read_parquet, "arrow": formats.read_arrow,
 }  # fmt: skip
@@ -64,7 +66,7 @@ class Input:
 
     name: str  # as the manifest gives it: relative to the source, the same wherever that stands
     path: str
-    format: str  # text, jsonl, parquet, arrow, tfds, embedded
+    format: str  # text, jsonl, parquet, arrow, litpkds, tfds, embedded
     bytes: int
     rows: tuple[int, int] = (0, 0)  # first and past the last, for tfds
 
@@ -125,6 +127,11 @@ def list_inputs(source: SourceConfig) -> tuple[Input, ...]:
             )
     for entry in inputs:
         _refuse_lfs_pointer(entry)
+    if source.subset_key and inputs[0].format == "litpkds":
+        raise ValueError(
+            f'data.sources.{source.name}.subset_key = "{source.subset_key}", but chunks of ids '
+            f"tell of no subsets; make each set of chunks a source of its own, by a glob"
+        )
     if source.subset_key == DIRECTORY:
         inputs = _of_chosen_directories(source, inputs)
     return tuple(inputs)
@@ -146,8 +153,10 @@ def read_documents(source: SourceConfig, entry: Input, tally: Tally) -> Iterator
     Memory is a few times the largest document.
 
     Raises:
-      ValueError: the input is malformed; the message names file and line.
+      ValueError: the input is malformed; the message names file and line. Or it holds ids.
     """
+    if entry.format == "litpkds":
+        raise ValueError(f"{entry.path} holds ids of a tokenizer, not text")
     directory = _directory_of(source, entry) if source.subset_key == DIRECTORY else ""
     names, left_out = chosen_subsets(source.subsets)
     for (record, text, subset), validation in _read(source, entry, tally):
@@ -166,7 +175,7 @@ def read_documents(source: SourceConfig, entry: Input, tally: Tally) -> Iterator
             continue
         tally.documents += 1
         if validation is None:
-            validation = _held_out(text, source.validation_fraction)
+            validation = is_held_out(text.encode(), source.validation_fraction)
         yield Document(text, record, validation, subset)
 
 
@@ -231,9 +240,9 @@ def _directory_of(source: SourceConfig, entry: Input) -> str:
     return directory
 
 
-def _held_out(text: str, fraction: float) -> bool:
-    """By a hash of the text, so that copies of a document fall on one side."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+def is_held_out(content: bytes, fraction: float) -> bool:
+    """By a hash of the document, so that copies of it fall on one side."""
+    digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64
 
 
@@ -305,7 +314,7 @@ def _of_known_format(
         endings = ", ".join(sorted({f.suffix or f.name for f in files})[:8])
         raise ValueError(
             f"{where}: no file has an ending that tells its format (found: {endings}; known: "
-            f"{', '.join(_ENDINGS)}, each also with .zst or .gz but parquet and arrow); "
+            f"{', '.join(_ENDINGS)}, text and JSON also with .zst or .gz); "
             f"set data.sources.{source.name}.format"
         )
     counts = collections.Counter(entry.format for entry in inputs)
@@ -322,7 +331,7 @@ def _format_of(path: pathlib.Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         inner = _ENDINGS.get(suffixes[-2], "") if len(suffixes) > 1 else ""
-        return inner if inner not in ("parquet", "arrow") else ""
+        return inner if inner not in _NEVER_COMPRESSED else ""
     return _ENDINGS.get(suffixes[-1], "") if suffixes else ""
 
 

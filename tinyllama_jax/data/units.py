@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -19,12 +20,14 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from tinyllama_jax.config import SourceConfig
+from tinyllama_jax.data import litpkds
 from tinyllama_jax.data.pages import ShardEntry, ShardWriter, documents_path
-from tinyllama_jax.data.sources import Document, Input, Tally, read_documents
+from tinyllama_jax.data.sources import Document, Input, Tally, is_held_out, read_documents
 from tinyllama_jax.durable import write_durably
 from tinyllama_jax.text.tokenizer import Tokenizer
 
@@ -35,6 +38,7 @@ _WORK_SUFFIX = ".work"
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARS = 1 << 20
 _PACKING = 3  # SlimPajama's zstd and Starcoderdata's parquet, about
+_TEXT_OF_IDS = 2  # bytes of text for a byte of two-byte ids, about
 
 # Told of bytes read and tokens written since the last call.
 Advance = Callable[[int, int], None]
@@ -116,6 +120,8 @@ def group_inputs(inputs: tuple[Input, ...]) -> Iterator[tuple[Input, ...]]:
 
 def text_bytes(entry: Input) -> int:
     """What an input comes to when it is unpacked, about."""
+    if entry.format == "litpkds":
+        return entry.bytes * _TEXT_OF_IDS
     packed = entry.format == "parquet" or entry.name.lower().endswith((".zst", ".gz"))
     return entry.bytes * (_PACKING if packed else 1)
 
@@ -226,40 +232,83 @@ def _write_documents(
     before = np.array([tokenizer.bos_id] if "bos" in unit.boundary else [], np.int32)
     after = np.array([tokenizer.eos_id] if "eos" in unit.boundary else [], np.int32)
     bytes_told = 0
-    for batch in _batches(unit, tally):
+    for batch in _batches(unit, tokenizer, tally):
         tokens = 0
-        encoded = tokenizer.encode_batch([document.text for _, document in batch])
-        for (input_name, document), ids in zip(batch, encoded, strict=True):
-            if not ids.size:  # a normalisation may leave nothing of a text
+        for document in batch:
+            if not document.ids.size:  # a normalisation may leave nothing of a text
                 tally.documents -= 1
                 tally.skipped["documents without tokens"] += 1
                 continue
-            place = place_of(document.subset, "validation" if document.validation else "train")
+            place = document.place
             if place not in writers:
                 (work / place).mkdir(parents=True)
                 shard = work / place / f"{unit.index:05d}.arrayrecord"
                 writers[place] = ShardWriter(shard, tokenizer.vocab_size)
-            stream = np.concatenate([before, ids, after])
-            writers[place].add(stream, document.record, input_name)
+            stream = np.concatenate([before, document.ids, after])
+            writers[place].add(stream, document.record, document.input)
             tokens += stream.size
         advance(tally.bytes_read - bytes_told, tokens)
         bytes_told = tally.bytes_read
     advance(tally.bytes_read - bytes_told, 0)
 
 
-def _batches(unit: Unit, tally: Tally) -> Iterator[list[tuple[str, Document]]]:
-    """Documents with the names of their inputs, as many as are encoded in one call."""
-    batch: list[tuple[str, Document]] = []
+class _Encoded(NamedTuple):
+    input: str  # the name of the input
+    record: int
+    place: str
+    ids: np.ndarray
+
+
+def _batches(unit: Unit, tokenizer: Tokenizer, tally: Tally) -> Iterator[list[_Encoded]]:
+    """The documents of a unit as ids, a moderate number at a time."""
+    if unit.inputs[0].format == "litpkds":
+        documents = _packed(unit, tokenizer, tally)
+        while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
+            yield batch
+        return
+    batch_of_texts: list[tuple[str, Document]] = []
     chars = 0
+
+    def encoded() -> list[_Encoded]:
+        ids = tokenizer.encode_batch([document.text for _, document in batch_of_texts])
+        return [
+            _Encoded(name, d.record, place_of(d.subset, _split(d.validation)), ids_of_one)
+            for (name, d), ids_of_one in zip(batch_of_texts, ids, strict=True)
+        ]
+
     for entry in unit.inputs:
         for document in read_documents(unit.source, entry, tally):
-            batch.append((entry.name, document))
+            batch_of_texts.append((entry.name, document))
             chars += len(document.text)
-            if len(batch) == _BATCH_DOCUMENTS or chars >= _BATCH_CHARS:
-                yield batch
-                batch, chars = [], 0
-    if batch:
-        yield batch
+            if len(batch_of_texts) == _BATCH_DOCUMENTS or chars >= _BATCH_CHARS:
+                yield encoded()
+                batch_of_texts, chars = [], 0
+    if batch_of_texts:
+        yield encoded()
+
+
+def _packed(unit: Unit, tokenizer: Tokenizer, tally: Tally) -> Iterator[_Encoded]:
+    """The documents of chunks that hold ids already."""
+
+    def chunk_read(place: int, filling: int) -> None:
+        tally.bytes_read += unit.inputs[place].bytes
+        if filling:
+            tally.repaired["chunks that were filled up with BOS"] += 1
+            tally.repaired["tokens of filling"] += filling
+
+    paths = [entry.path for entry in unit.inputs]
+    for chunk, record, ids, begins in litpkds.read_documents(
+        paths, tokenizer.bos_id, tokenizer.eos_id, chunk_read
+    ):
+        tally.documents += 1
+        if not begins:
+            tally.repaired["documents whose beginning is in another unit, or lost"] += 1
+        held_out = is_held_out(ids.astype("<u4").tobytes(), unit.source.validation_fraction)
+        yield _Encoded(unit.inputs[chunk].name, record, _split(held_out), ids)
+
+
+def _split(validation: bool) -> str:
+    return "validation" if validation else "train"
 
 
 @contextlib.contextmanager

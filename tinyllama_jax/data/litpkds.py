@@ -1,0 +1,138 @@
+"""Tokenized corpora in lit-gpt's packed format, as TinyLlama's were published.
+
+A chunk is a file of 24 bytes of header (magic, version, code of the type, ids per chunk; all little
+endian) and so many ids. Each process of the packer wrote a sequence of chunks,
+`<prefix>_0000000000.bin` and on; a document goes on in the next chunk where one is full. Documents
+begin with BOS and end without a mark; what the last chunk of a process had left was filled with BOS
+(TinyLlama's issue 83: such rows were trained on). Here that filling is cut off, and documents are
+put together again.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+MAGIC = b"LITPKDS"
+_HEADER = struct.Struct("<7sQBQ")  # magic, version, code of the type, ids per chunk
+_VERSION = 1
+_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_NUMBERED = re.compile(r"(.*_)(\d+)\.bin")
+
+
+class PackedDocument(NamedTuple):
+    """A document's ids, without the marks of its boundaries.
+
+    Attributes:
+      chunk: place of the chunk that it begins in, in the sequence that was given.
+      record: its number within that chunk, counted from 0; a rest from before counts as one.
+      ids: `(tokens,)` integers.
+      begins: whether its first token is here; else it is the rest of a document that another
+        sequence holds the beginning of.
+    """
+
+    chunk: int
+    record: int
+    ids: np.ndarray
+    begins: bool
+
+
+def read_chunk(path: str | pathlib.Path) -> np.ndarray:
+    """The ids of a chunk, filling included, as a map of the file.
+
+    Raises:
+      ValueError: it is no such chunk, of another version, not of integers, or cut short.
+    """
+    path = pathlib.Path(path)
+    with open(path, "rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(MAGIC):
+        raise ValueError(
+            f"{path} is no LITPKDS chunk: it begins with {header[:8]!r}; set the source's path to "
+            f"the .bin files that lit-gpt's packer wrote"
+        )
+    _, version, code, count = _HEADER.unpack(header)
+    if version != _VERSION or code not in _TYPES:
+        raise ValueError(
+            f"{path} is a LITPKDS chunk of version {version} with values of type {code}; known is "
+            f"version {_VERSION} with the types {', '.join(map(str, _TYPES))} (integers)"
+        )
+    dtype = np.dtype(_TYPES[code])
+    size, expected = path.stat().st_size, _HEADER.size + count * dtype.itemsize
+    if size != expected:
+        raise ValueError(
+            f"{path} has {size} bytes where its header tells of {count} ids, which take "
+            f"{expected}: it was cut short while copying; copy it again"
+        )
+    if not count:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r", offset=_HEADER.size, shape=(count,))
+
+
+def filling(ids: np.ndarray, bos_id: int) -> int:
+    """How many ids at the end of a chunk are filling: a run of two BOS or more."""
+    others = np.flatnonzero(ids != bos_id)
+    run = len(ids) - (int(others[-1]) + 1 if len(others) else 0)
+    return run if run > 1 else 0
+
+
+def read_documents(
+    paths: Sequence[str], bos_id: int, eos_id: int, chunk_read: Callable[[int, int], None]
+) -> Iterator[PackedDocument]:
+    """Yields the documents of chunks in order, without boundary marks and filling.
+
+    An empty document, two BOS in a row, is given with no ids.
+
+    Args:
+      paths: the chunks; those that follow each other in number are one sequence.
+      bos_id, eos_id: of the tokenizer that packed them.
+      chunk_read: told of each chunk's place in `paths` and of the filling that was cut off.
+
+    Raises:
+      ValueError: from `read_chunk`.
+    """
+    open_document: PackedDocument | None = None  # goes on in the next chunk
+    for place, path in enumerate(paths):
+        ids = read_chunk(path)
+        filled = filling(ids, bos_id)
+        ids = np.array(ids[: len(ids) - filled])
+        starts = np.flatnonzero(ids == bos_id)
+        if open_document is not None and not (place and _follows(paths[place - 1], path)):
+            yield _closed(open_document, eos_id)
+            open_document = None
+        rest = ids[: starts[0] if len(starts) else len(ids)]
+        if open_document is not None:
+            both = np.concatenate([open_document.ids, rest])
+            open_document = open_document._replace(ids=both)
+        elif len(rest):
+            open_document = PackedDocument(place, 0, rest, begins=False)
+        records = range(int(len(rest) > 0), len(starts) + 1)
+        for record, start, end in zip(records, starts, [*starts[1:], len(ids)], strict=False):
+            if open_document is not None:
+                yield _closed(open_document, eos_id)
+            open_document = PackedDocument(place, record, ids[start + 1 : end], begins=True)
+        if filled and open_document is not None:
+            yield _closed(open_document, eos_id)
+            open_document = None
+        chunk_read(place, filled)
+    if open_document is not None:
+        yield _closed(open_document, eos_id)
+
+
+def _closed(document: PackedDocument, eos_id: int) -> PackedDocument:
+    """Some packers wrote EOS too."""
+    if len(document.ids) and document.ids[-1] == eos_id:
+        return document._replace(ids=document.ids[:-1])
+    return document
+
+
+def _follows(path: str, next_path: str) -> bool:
+    first, second = _NUMBERED.fullmatch(path), _NUMBERED.fullmatch(next_path)
+    if first is None or second is None:
+        return False
+    return first[1] == second[1] and int(first[2]) + 1 == int(second[2])
