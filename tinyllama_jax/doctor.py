@@ -15,11 +15,10 @@ from ml_collections import config_flags
 
 from tinyllama_jax import door
 from tinyllama_jax.config import freeze
+from tinyllama_jax.findings import show
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "Where the run directory will be.")
-
-_MARKS = {"ok": " ok ", "warning": "WARN", "problem": "FAIL"}
 
 
 def main(argv: list[str]) -> None:
@@ -35,12 +34,7 @@ def main(argv: list[str]) -> None:
         findings = preflight.examine_machine()
         if _CONFIG.value is not None:
             findings += preflight.examine(freeze(_CONFIG.value), pathlib.Path(_WORKDIR.value))
-    for finding in findings:
-        print(f"[{_MARKS[finding.level]}] {finding.subject}: {finding.text}")
-    problems = sum(finding.level == "problem" for finding in findings)
-    warnings = sum(finding.level == "warning" for finding in findings)
-    print(f"\nproblems: {problems}, warnings: {warnings}")
-    if problems:
+    if show(findings):
         sys.exit(1)
     if len(argv) == 2:
         print(f"next: python -m tinyllama_jax.plot {run_dir}")

@@ -11,7 +11,9 @@ from tinyllama_jax.config import Config, SourceConfig
 from tinyllama_jax.config_rules import subset_weights
 from tinyllama_jax.data.dataset import OwnRows, TrainingDataset, ValidationDataset
 from tinyllama_jax.data.mixture import divided, millionths
+from tinyllama_jax.data.prepared import is_prepared, plan_of, streams_of
 from tinyllama_jax.data.stream import ShardReaders, Stream, Windows
+from tinyllama_jax.text.tokenizer import Tokenizer
 
 _MAX_WINDOWS = 2**32 - 1  # Grain's shuffle permutes 32-bit indices
 
@@ -83,6 +85,20 @@ def open_datasets(
         ),
         validation,
     )
+
+
+def open_prepared(config: Config, tokenizer: Tokenizer) -> Datasets:
+    """As `open_datasets`, of what is prepared already; raises ValueError where it is not."""
+    prepared: dict[str, pathlib.Path] = {}
+    for source in config.data.sources:
+        directory = plan_of(source, config.data, tokenizer).directory
+        if not is_prepared(source, directory):
+            raise ValueError(
+                f"{source.name} is not prepared in {directory}; run python -m "
+                f"tinyllama_jax.prepare with the same config"
+            )
+        prepared |= streams_of(source, directory)
+    return open_datasets(config, prepared, tokenizer.sha256)
 
 
 def _training_streams(

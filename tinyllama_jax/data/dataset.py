@@ -83,15 +83,13 @@ class TrainingDataset:
         # In order of name, so that the order of the config's entries does not matter.
         self.windows = {name: Windows(streams[name], seq_len) for name in sorted(streams)}
         self._mixture = Mixture([weights[name] for name in self.windows])
-        self._rows = grain.MapDataset.select_from_datasets(
-            [
-                grain.MapDataset.source(_Rows(name, len(windows)))
-                .shuffle(seed=_source_seed(seed, name))
-                .repeat()
-                for name, windows in self.windows.items()
-            ],
-            self._mixture,
-        )
+        self._shuffled = [
+            grain.MapDataset.source(_Rows(name, len(windows)))
+            .shuffle(seed=_source_seed(seed, name))
+            .repeat()
+            for name, windows in self.windows.items()
+        ]
+        self._rows = grain.MapDataset.select_from_datasets(self._shuffled, self._mixture)
 
     def rows_at(self, step: int) -> list[Row]:
         """The R rows of a step."""
@@ -100,6 +98,18 @@ class TrainingDataset:
     def _rows_of(self, step: int, rows: Sequence[int]) -> list[Row]:
         first = self.batch_number(step) * self.batch_rows
         return [self._rows[first + row] for row in rows]
+
+    def windows_of(self, source: str, steps: int) -> Iterator[tuple[int, int]]:
+        """The windows of one source that the first `steps` steps read: step and window."""
+        number = list(self.windows).index(source)
+        count = self._mixture.counts(self.batch_number(steps) * self.batch_rows)[number]
+        left_out = skipped_ranges(self.skip)
+        for index in range(count):
+            batch = self._mixture.row_of(number, index) // self.batch_rows
+            if not any(first <= batch < end for first, end in left_out):
+                step = batch - sum(end - first for first, end in left_out if end <= batch)
+                if step < steps:
+                    yield step, self._shuffled[number][index].window
 
     def batch_number(self, step: int, skip: str | None = None) -> int:
         """Which batch a step reads: all in order but those left out."""

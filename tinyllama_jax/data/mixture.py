@@ -103,6 +103,11 @@ class Mixture(grain.transforms.DatasetSelectionMap):
         source = int(self._source[place])
         return source, period * self.millionths[source] + int(self._index[place])
 
+    def row_of(self, source: int, index: int) -> int:
+        """The row that reads `index` of `source`: what `[row]` is the inverse of."""
+        period, place = divmod(index, self.millionths[source])
+        return period * PERIOD + int(self._rows[source][place])
+
     def counts(self, rows: int) -> tuple[int, ...]:
         """How many of the first `rows` rows come from each source."""
         periods, rest = divmod(rows, PERIOD)

@@ -10,6 +10,7 @@ import os
 import pathlib
 import resource
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,31 @@ class Stream:
             ]
             shard += 1
         return documents
+
+    def document_blocks(
+        self, shard: int, tokens: int = 1 << 20
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The whole documents of a shard, some at a time.
+
+        Args:
+          shard: its place in the manifest.
+          tokens: about how many ids are given at a time; at least a document.
+
+        Yields:
+          Ids `(n,)` int32, and the entries of the documents that they are, `DOCUMENT_DTYPE`.
+
+        Raises:
+          DamagedDataError, OSError: as `read` and `documents`.
+        """
+        table, starts = self._document_index(shard)
+        ends = starts + table["tokens"]
+        offset = int(self._offsets[shard])
+        first = 0
+        while first < len(table):
+            begin = int(starts[first])
+            last = max(first + 1, int(np.searchsorted(ends, begin + tokens, side="right")))
+            yield self.read(offset + begin, int(ends[last - 1]) - begin), table[first:last]
+            first = last
 
     def verify(self) -> None:
         """Hashes every shard and document index again.

@@ -106,6 +106,19 @@ class Tokenizer:
         """A decoder to which ids are given one by one, for text that is shown as it comes."""
         return StreamDecoder(self._piece_texts, self._check_id, self._strips_leading_space)
 
+    def piece(self, token_id: int) -> str:
+        """How the vocabulary writes an id: "▁the", "<0x0A>", "<s>"."""
+        self._check_id(token_id)
+        return self._processor.id_to_piece(token_id)
+
+    def piece_bytes(self) -> list[int]:
+        """How many bytes of text each id stands for; control ids: none."""
+        sizes = []
+        for text in self._piece_texts:
+            text = text.replace("\u2581", " ") if isinstance(text, str) else text
+            sizes.append(len(text.encode() if isinstance(text, str) else text))
+        return sizes
+
     def _check_id(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(

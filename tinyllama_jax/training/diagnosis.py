@@ -9,12 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tinyllama_jax.findings import Finding
 from tinyllama_jax.runs import integrity, steps
 from tinyllama_jax.runs.directory import ENVIRONMENT, read_config
 from tinyllama_jax.runs.lock import holder_of
 from tinyllama_jax.runs.metrics import read_discarded, read_metrics
 from tinyllama_jax.runs.restore import CHECKPOINTS
-from tinyllama_jax.training.preflight import Finding
 from tinyllama_jax.training.watchdog import STACKS
 
 # A stretch slower than this share of the median speed is worth a word.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 import platform
@@ -15,6 +14,7 @@ from tinyllama_jax.config import Config, SourceConfig
 from tinyllama_jax.config_rules import validate
 from tinyllama_jax.data.prepare import examine_source
 from tinyllama_jax.data.workers import available_cores
+from tinyllama_jax.findings import Finding
 from tinyllama_jax.model.llama import Llama, parameter_count
 from tinyllama_jax.parallel import mesh, rules
 from tinyllama_jax.text.tokenizer import Tokenizer
@@ -22,21 +22,6 @@ from tinyllama_jax.text.tokenizer import Tokenizer
 # As setup.cfg; installed versions outside are not known to work.
 _SUPPORTED_JAX = ((0, 10), (0, 13))
 _PACKAGES = ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece")
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-      subject: what it is about, in one or two words.
-      text: what was found, and what to do where something is wrong.
-      level: "ok", "warning" (the run can start) or "problem" (it cannot, or is in vain).
-    """
-
-    subject: str
-    text: str
-    level: str = "ok"
 
 
 def examine_machine() -> list[Finding]:

@@ -1,0 +1,401 @@
+"""Judges a prepared corpus, or chunks that lit-gpt's packer wrote: is it what it should be?
+
+Every defect that TinyLlama's data had is looked for: BOS as filling, documents without EOS, shards
+that are there twice or not at all, files of another tokenizer.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from tinyllama_jax.config import Config
+from tinyllama_jax.data.corpus import open_prepared
+from tinyllama_jax.data.pages import MANIFEST_FILE, DamagedDataError, Manifest, read_manifest
+from tinyllama_jax.data.scan import Grams, Part, Scan, grams_of, scan_parts
+from tinyllama_jax.data.units import SPLITS
+from tinyllama_jax.findings import Finding
+from tinyllama_jax.text.tokenizer import Tokenizer
+
+GRAM_WORDS = 13  # as GPT-3 (arXiv 2005.14165, appendix C) and most reports since
+_MANY_COPIES = 0.01  # copies among the documents that are no longer a detail
+_ALIKE = 0.95  # documents that must encode to the same ids again
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_CHUNK = re.compile(r"(.*)_(\d+)\.bin")
+_NAMES = 4  # that a line gives of many
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamAudit:
+    """One split of one stream, or one sequence of chunks.
+
+    Attributes:
+      name: the stream, and its split.
+      directory: where it stands.
+      scan: what it holds.
+      boundary: what marks its documents.
+      text_bytes: of text that its ids stand for; 0: no tokenizer was at hand.
+    """
+
+    name: str
+    directory: str
+    scan: Scan
+    boundary: str
+    text_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    findings: list[Finding]
+    streams: list[StreamAudit]
+
+
+def audit(
+    directory: pathlib.Path,
+    *,
+    config: Config | None = None,
+    tokenizer: Tokenizer | None = None,
+    evaluation_files: Sequence[pathlib.Path] = (),
+    workers: int = 1,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Audit:
+    """Reads a corpus from end to end.
+
+    Args:
+      directory: what `data.prepared` names, a part of it, or a directory of LITPKDS chunks.
+      config: of the run that it is for; its mixture is compared.
+      tokenizer: that it should be of; None: the shipped one where it is.
+      evaluation_files: texts that must not be in it, by runs of 13 words.
+      workers: processes.
+      advance: told of bytes read.
+
+    Raises:
+      ValueError: there is neither, or texts are looked for without a tokenizer.
+    """
+    splits = sorted(path.parent for path in directory.rglob(MANIFEST_FILE))
+    chunks = sorted(directory.rglob("*.bin")) if not splits else []
+    if not splits and not chunks:
+        raise ValueError(
+            f"{directory} holds no prepared corpus and no LITPKDS chunks (*.bin); name what "
+            f"data.prepared is set to, or a directory of chunks"
+        )
+    findings = [*_pointers(directory)]
+    manifests: dict[pathlib.Path, Manifest] = {}
+    for split in splits:
+        try:
+            manifests[split] = read_manifest(split)
+        except (ValueError, DamagedDataError) as error:
+            findings.append(Finding(str(split), str(error), "problem"))
+    if tokenizer is None and manifests:
+        shipped = Tokenizer()
+        if all(m.tokenizer_sha256 == shipped.sha256 for m in manifests.values()):
+            tokenizer = shipped
+    if chunks and tokenizer is None:
+        raise ValueError(
+            f"{directory} holds chunks of ids, which say nothing of their tokenizer; name it with "
+            f"--tokenizer, or a --config"
+        )
+    grams = _grams(evaluation_files, tokenizer)
+    parts = _parts_of(manifests) if manifests else _parts_of_chunks(directory, chunks)
+    streams = _scanned(parts, manifests, tokenizer, grams, workers, advance)
+
+    for split, manifest in manifests.items():
+        findings += _structure(split, manifest)
+    findings += _unfinished(directory) + _gaps(chunks)
+    for stream in streams:
+        findings += _contents(stream, chunks=bool(chunks))
+    findings += [_repeated_parts(streams), *_copies(streams)]
+    findings += _tokenizer(streams, manifests, tokenizer)
+    if grams is not None:
+        findings.append(_contamination(streams, grams))
+    if config is not None and manifests:
+        findings += _mixture(config, tokenizer)
+    return Audit(findings, streams)
+
+
+def _parts_of(manifests: Mapping[pathlib.Path, Manifest]) -> list[Part]:
+    return [
+        Part(f"{manifest.source} {manifest.split}", str(split / shard.file), str(split), number)
+        for split, manifest in manifests.items()
+        for number, shard in enumerate(manifest.shards)
+        if (split / shard.file).is_file()  # else `_structure` tells
+    ]
+
+
+def _parts_of_chunks(directory: pathlib.Path, chunks: Sequence[pathlib.Path]) -> list[Part]:
+    def name(path: pathlib.Path) -> str:
+        numbered = _CHUNK.fullmatch(path.relative_to(directory).as_posix())
+        return numbered[1] if numbered else path.stem
+
+    return [Part(name(path), str(path)) for path in chunks]
+
+
+def _scanned(
+    parts: Sequence[Part],
+    manifests: Mapping[pathlib.Path, Manifest],
+    tokenizer: Tokenizer | None,
+    grams: Grams | None,
+    workers: int,
+    advance: Callable[[int], None],
+) -> list[StreamAudit]:
+    boundaries = {str(split): manifest.boundary for split, manifest in manifests.items()}
+    scans: dict[tuple[str, str], Scan] = collections.defaultdict(Scan)
+    bos, eos, proto = -1, -1, b""
+    if tokenizer is not None:
+        bos, eos, proto = tokenizer.bos_id, tokenizer.eos_id, tokenizer.model_proto
+    for part, scan in scan_parts(parts, (bos, eos, proto, grams), workers):
+        directory = part.directory or str(pathlib.Path(part.path).parent)
+        scans[part.stream, directory].add(scan)
+        advance(scan.bytes)
+    sizes = np.array(tokenizer.piece_bytes(), np.int64) if tokenizer is not None else None
+    result = []
+    for (name, directory), scan in scans.items():
+        text = 0
+        if sizes is not None and len(scan.token_counts) <= len(sizes):
+            text = int(scan.token_counts @ sizes[: len(scan.token_counts)])
+        result.append(StreamAudit(name, directory, scan, boundaries.get(directory, ""), text))
+    return result
+
+
+def _pointers(directory: pathlib.Path) -> list[Finding]:
+    found = []
+    for path in directory.rglob("*"):
+        if path.is_file() and path.stat().st_size <= 1024:
+            with open(path, "rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    found.append(str(path))
+    if not found:
+        return []
+    return [
+        Finding("files", f"Git-LFS pointers in place of data: {_some(found)}; run `git lfs pull` "
+                "where they came from", "problem")
+    ]  # fmt: skip
+
+
+def _structure(split: pathlib.Path, manifest: Manifest) -> list[Finding]:
+    """Manifest and directory say the same, and no input was read twice."""
+    subject = f"{manifest.source} {manifest.split}"
+    listed = {shard.file for shard in manifest.shards}
+    there = {path.name for path in split.glob("*.arrayrecord")}
+    findings = []
+    if missing := sorted(listed - there):
+        findings.append(Finding(subject, f"shards are missing: {_some(missing)}", "problem"))
+    if strays := sorted(there - listed):
+        findings.append(
+            Finding(subject, f"shards that the manifest does not list, so that nobody reads them: "
+                    f"{_some(strays)}", "problem")
+        )  # fmt: skip
+    counts = collections.Counter(name for shard in manifest.shards for name in shard.inputs)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        findings.append(
+            Finding(
+                subject, f"inputs were read into more than one shard: {_some(twice)}", "problem"
+            )
+        )
+    return findings
+
+
+def _unfinished(directory: pathlib.Path) -> list[Finding]:
+    """Records of units tell of shards that no manifest lists, or are not all there."""
+    findings = []
+    for units in sorted({path.parent for path in directory.rglob("units/*.json")}):
+        source = units.parent
+        numbers = sorted(int(path.stem) for path in units.glob("*.json") if path.stem.isdecimal())
+        if holes := sorted(set(range(numbers[-1] + 1 if numbers else 0)) - set(numbers)):
+            findings.append(
+                Finding(source.name, f"units {_some(map(str, holes))} have no record: their inputs "
+                        "are not in the corpus", "problem")
+            )  # fmt: skip
+        places = {(place, entry["file"]) for number in numbers for place, entry in
+                  _shards_of(units / f"{number:05d}.json").items()}  # fmt: skip
+        listed = set()
+        for path in source.rglob(MANIFEST_FILE):
+            try:
+                place = path.parent.relative_to(source).as_posix()
+                listed |= {(place, shard.file) for shard in read_manifest(path.parent).shards}
+            except (ValueError, DamagedDataError):
+                continue  # told already
+        if lost := sorted(places - listed):
+            names = _some("/".join(part) for part in lost)
+            findings.append(
+                Finding(source.name, f"shards were written but no manifest lists them: {names}; "
+                        "prepare to the end", "problem")
+            )  # fmt: skip
+    return findings
+
+
+def _shards_of(record: pathlib.Path) -> dict:
+    try:
+        return dict(json.loads(record.read_bytes())["shards"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _gaps(chunks: Sequence[pathlib.Path]) -> list[Finding]:
+    numbers = collections.defaultdict(set)
+    for path in chunks:
+        if numbered := _CHUNK.fullmatch(str(path)):
+            numbers[numbered[1]].add(int(numbered[2]))
+    missing = [
+        f"{pathlib.Path(prefix).name}_{number:010d}.bin"
+        for prefix, found in numbers.items()
+        for number in sorted(set(range(max(found))) - found)
+    ]
+    if not missing:
+        return []
+    return [Finding("chunks", f"{len(missing)} are missing: {_some(missing)}", "problem")]
+
+
+def _contents(stream: StreamAudit, chunks: bool) -> list[Finding]:
+    scan, findings = stream.scan, []
+    text = (
+        f"{scan.documents:,} documents, {scan.tokens:,} tokens, {scan.bytes / 1e6:,.1f} MB in "
+        f"{len(scan.sha256):,} {'chunks' if chunks else 'shards'}"
+    )
+    if scan.documents:
+        text += f", {scan.tokens / scan.documents:,.0f} tokens a document"
+    if stream.text_bytes:
+        text += f", {stream.text_bytes / max(1, scan.tokens):.2f} bytes a token"
+    findings.append(Finding(stream.name, text))
+    findings += [Finding(stream.name, damage, "problem") for damage in scan.damage[:_NAMES]]
+    if scan.filled:
+        share = scan.filling / (scan.filling + scan.tokens)
+        findings.append(
+            Finding(stream.name, f"{scan.filled} chunks were filled up with {scan.filling:,} BOS "
+                    f"({share:.1%} of all): a model that reads them as they are learns BOS after "
+                    f"BOS; prepared by this package they are cut off", "problem")
+        )  # fmt: skip
+    if scan.bos_runs:
+        findings.append(
+            Finding(stream.name, f"{scan.bos_runs} documents are empty (BOS beside BOS)", "warning")
+        )
+    if chunks and scan.documents and not scan.eos:
+        findings.append(
+            Finding(stream.name, "no document ends with EOS: a model learns no end; prepared with "
+                    "data.boundary = bos+eos each has one", "problem")
+        )  # fmt: skip
+    elif stream.boundary == "bos":
+        findings.append(
+            Finding(stream.name, 'data.boundary = "bos": no document ends with EOS, so a model '
+                    "learns no end", "warning")
+        )  # fmt: skip
+    return findings
+
+
+def _repeated_parts(streams: Sequence[StreamAudit]) -> Finding:
+    paths = collections.defaultdict(list)
+    for stream in streams:
+        for path, sha256 in stream.scan.sha256.items():
+            paths[sha256].append(path)
+    groups = [group for group in paths.values() if len(group) > 1]
+    if groups:
+        shown = _some(" = ".join(group) for group in groups)
+        return Finding("hashes", f"the same bytes are there more than once: {shown}", "problem")
+    return Finding("hashes", f"{len(paths):,} files were hashed, each is there once")
+
+
+def _copies(streams: Sequence[StreamAudit]) -> list[Finding]:
+    """Documents that are there more than once, and those that are both trained on and held out."""
+    train, held_out = (
+        np.concatenate(
+            [np.zeros(0, np.uint64)]
+            + [hashes for s in streams for hashes in s.scan.hashes if is_held_out(s) == split]
+        )
+        for split in (False, True)
+    )
+    distinct = np.unique(train)
+    copies = len(train) - len(distinct)
+    level = "ok"
+    if copies:
+        level = "problem" if copies > _MANY_COPIES * len(train) else "warning"
+    text = f"{copies:,} of {len(train):,} documents to train on are copies of another, to the token"
+    findings = [Finding("copies", text, level)]
+    if len(held_out):
+        both = int(np.isin(np.unique(held_out), distinct).sum())
+        findings.append(
+            Finding("held out", f"{both:,} of {len(held_out):,} documents are trained on too",
+                    "problem" if both else "ok")
+        )  # fmt: skip
+    return findings
+
+
+def is_held_out(stream: StreamAudit) -> bool:
+    """Whether it is for validation."""
+    return stream.name.endswith(f" {SPLITS[1]}")
+
+
+def _tokenizer(
+    streams: Sequence[StreamAudit],
+    manifests: Mapping[pathlib.Path, Manifest],
+    tokenizer: Tokenizer | None,
+) -> list[Finding]:
+    hashes = {manifest.tokenizer_sha256 for manifest in manifests.values()}
+    if tokenizer is None:
+        named = _some(sorted(value[:12] for value in hashes))
+        return [
+            Finding("tokenizer", f"of sha256 {named}; name it with --tokenizer, or a --config, to "
+                    "see whether the ids are its own", "ok" if len(hashes) == 1 else "problem")
+        ]  # fmt: skip
+    if others := sorted(hashes - {tokenizer.sha256}):
+        return [
+            Finding("tokenizer", f"prepared with the one of sha256 {_some(others)}, but given is "
+                    f"{tokenizer.sha256}: ids would mean other text", "problem")
+        ]  # fmt: skip
+    encoded = sum(stream.scan.encoded for stream in streams)
+    alike = sum(stream.scan.encoded_alike for stream in streams)
+    text = f"{alike} of {encoded} documents, decoded and encoded again, give the same ids"
+    if encoded and alike < _ALIKE * encoded:
+        return [Finding("tokenizer", f"{text}: they are of another tokenizer", "problem")]
+    return [Finding("tokenizer", text)]
+
+
+def _contamination(streams: Sequence[StreamAudit], grams: Grams) -> Finding:
+    met: collections.Counter[str] = collections.Counter()
+    for stream in streams:
+        met.update(stream.scan.contaminated)
+    looked = f"runs of {grams.size} words of {len(set(grams.files.values()))} files"
+    if not met:
+        return Finding("evaluation", f"no document has any of the {looked}")
+    shown = _some(f"{name}: {count} documents" for name, count in met.most_common())
+    return Finding("evaluation", f"documents share {looked}: {shown}", "problem")
+
+
+def _mixture(config: Config, tokenizer: Tokenizer | None) -> list[Finding]:
+    """What the run of a config reads of it."""
+    try:
+        tokenizer = tokenizer or Tokenizer(config.data.tokenizer)
+        training = open_prepared(config, tokenizer).training
+    except (ValueError, OSError) as error:
+        return [Finding("mixture", str(error), "problem")]
+    return [
+        Finding("mixture", line)
+        for line in training.describe(config.total_steps).splitlines()
+    ]  # fmt: skip
+
+
+def _grams(files: Sequence[pathlib.Path], tokenizer: Tokenizer | None) -> Grams | None:
+    if not files:
+        return None
+    if tokenizer is None:
+        raise ValueError("texts are looked for in decoded documents: name --tokenizer or --config")
+    texts = {path.name: path.read_text(errors="replace") for path in files}
+    grams = grams_of(texts, GRAM_WORDS)
+    if not grams.files:
+        raise ValueError(
+            f"{_some(map(str, files))}: none has a run of {GRAM_WORDS} words to look for"
+        )
+    return grams
+
+
+def _some(names) -> str:
+    """The first of many names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
+    return ", ".join(itertools.islice(names, _NAMES)) + more
