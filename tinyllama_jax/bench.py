@@ -2,18 +2,21 @@
 
 python -m tinyllama_jax.bench attention|loss|train|decode [--against hf|torch] [--json FILE]
 python -m tinyllama_jax.bench resume [--preset NAME] [--directory DIR] [--json FILE]
+python -m tinyllama_jax.bench data [--path TEXT] [--tokenizer MODEL] [--json FILE]
 python -m tinyllama_jax.bench report      what was measured so far, as the README has it
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import statistics
 import sys
+import tempfile
 from typing import Any
 
 from tinyllama_jax import door
@@ -56,8 +59,16 @@ def main(argv: list[str] | None = None) -> None:
     _add_model(resume)
     resume.add_argument("--directory", type=pathlib.Path, help="where to write; default: temporary")
 
+    data = commands.add_parser("data", help="Mtokens/s of preparing, windows/s of loading")
+    data.add_argument("--path", default="", help="text; default: the embedded corpus")
+    data.add_argument("--format", default="auto", help="data.sources.*.format")
+    data.add_argument("--text-key", default="text", help="data.sources.*.text_key")
+    data.add_argument("--tokenizer", default="", help="a .model file; default: the shipped one")
+    data.add_argument("--seq-len", type=int, default=2048)
+    data.add_argument("--directory", type=pathlib.Path, help="where to write; default: temporary")
+
     commands.add_parser("report", help="the measured results in the repository, in Markdown")
-    for command in (attention, loss, train, decode, resume):
+    for command in (attention, loss, train, decode, resume, data):
         command.add_argument("--rounds", type=int, default=3 if command is resume else 10)
         command.add_argument("--json", type=pathlib.Path, help="write the figures here too")
     arguments = parser.parse_args(argv)
@@ -67,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         print(report.markdown(), end="")
         return
     what = {"attention": _attention, "loss": _loss, "train": _train, "decode": _decode,
-            "resume": _resume}  # fmt: skip
+            "resume": _resume, "data": _data}  # fmt: skip
     _check(arguments)
     if getattr(arguments, "against", None):
         # torch needs memory of the same device
@@ -302,6 +313,54 @@ def _resume(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, value in seconds.items():
         print(f"{name.replace('_', ' '):<12}{value:>8.2f} s  {says[name]}")
     return {"model": dataclasses.asdict(model), "rows": rows}
+
+
+def _data(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tinyllama_jax.benchmarks import data
+    from tinyllama_jax.config import SourceConfig
+    from tinyllama_jax.text.tokenizer import Tokenizer
+
+    source = SourceConfig(name="text", path="text", format="embedded")
+    if arguments.path:
+        source = SourceConfig(
+            name="text", path=arguments.path, format=arguments.format, text_key=arguments.text_key
+        )
+    encoding, absent = data.encoding(
+        source, Tokenizer(arguments.tokenizer), rounds=arguments.rounds
+    )
+    with contextlib.ExitStack() as stack:
+        directory = arguments.directory or pathlib.Path(
+            stack.enter_context(tempfile.TemporaryDirectory())
+        )
+        loading, found = data.loading(
+            source, arguments.tokenizer, directory, seq_len=arguments.seq_len,
+            rounds=arguments.rounds,
+        )  # fmt: skip
+    print(f"\n{'one core':<28}{'Mtokens/s':>12}{'least':>10}{'most':>10}   ours is faster by")
+    for row in encoding:
+        print(
+            f"{row['contender']:<28}{row['mtokens_per_second']:>12.2f}{row['least']:>10.2f}"
+            f"{row['most']:>10.2f}   {row['ours_is_faster_by']:.2f}x"
+        )
+    rate = encoding[0]["mtokens_per_second"] * 1e6
+    print(f"at that, 950B tokens take {950e9 / rate / 64 / 3600:.1f} h on 64 cores")
+    print(
+        f"\n{'shuffled windows':<28}{'windows/s':>12}{'least':>10}{'most':>10}   ours is faster by"
+    )
+    for row in loading:
+        cores = 0.7e6 / row["tokens_per_cpu_second"]
+        print(
+            f"{row['contender']:<28}{row['windows_per_second']:>12,.0f}{row['least']:>10,.0f}"
+            f"{row['most']:>10,.0f}   {row['ours_is_faster_by']:.2f}x, 0.7 Mtokens/s take "
+            f"{cores:.3f} cores"
+        )
+    print(
+        f"first batch after {found['first_batch_seconds']:.2f} s, at step {data.RESUMED_STEP:,} "
+        f"after {found['resume_seconds']:.2f} s; windows that follow each other correlate by "
+        f"{found['adjacent_correlation']:+.4f}"
+    )
+    size = {"seq_len": arguments.seq_len, "text": arguments.path or "embedded"}
+    return {"size": size, "rows": encoding + loading, "absent": absent, **found}
 
 
 def _write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:

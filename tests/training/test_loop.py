@@ -110,6 +110,9 @@ class MadeUpData:
     def batch_number(self, step):
         return step
 
+    def epochs_at(self, step):
+        return {"code": step / 10, "text": step / 40}
+
     def documents_at(self, step):
         return [[f"a document of batch {step}"]] * ROWS
 
@@ -197,7 +200,8 @@ def test_every_line_has_its_fields(uninterrupted):
     assert training[0]["loss"] == pytest.approx(math.log(V), abs=0.6)
     for record in evaluation:
         losses = {"eval/code/loss", "eval/text/loss", "eval/loss"}
-        assert record.keys() == {"step", "tokens_seen"} | losses
+        epochs = {"epochs/code", "epochs/text"}
+        assert record.keys() == {"step", "tokens_seen"} | losses | epochs
         assert record["tokens_seen"] == record["step"] * ROWS * S
         mean = (record["eval/code/loss"] + 3 * record["eval/text/loss"]) / 4
         assert record["eval/loss"] == pytest.approx(mean)

@@ -61,6 +61,7 @@ def _heading(content: dict[str, Any]) -> str:
         "train": lambda: _sizes(content["size"]) + ", " + _model(content["model"]),
         "decode": lambda: _sizes(content["size"]) + ", " + _model(content["model"]),
         "resume": lambda: _model(content["model"]),
+        "data": lambda: _sizes(content["size"]) + ", one core",
     }[content["benchmark"]]()
     return f"`bench {content['benchmark']}` on {device}, jax {where['versions']['jax']}: {what}"
 
@@ -79,6 +80,9 @@ _COLUMNS = {
     "milliseconds": "ms",
     "tflops": "TFLOP/s",
     "tokens_per_second": "tokens/s",
+    "mtokens_per_second": "Mtokens/s",
+    "windows_per_second": "windows/s",
+    "tokens_per_cpu_second": "tokens per CPU second",
     "mfu_causal": "MFU causal",
     "mfu_palm": "MFU PaLM",
     "share_of_bound": "of the bound",
@@ -94,12 +98,14 @@ _COLUMNS = {
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    columns = [name for name in _COLUMNS if rows[0].get(name) is not None]
+    columns = [name for name in _COLUMNS if any(row.get(name) is not None for row in rows)]
     lines = [
         "| " + " | ".join(_COLUMNS[name] for name in columns) + " |",
         "|" + "|".join("---" for _ in columns) + "|",
     ]
-    lines += ["| " + " | ".join(_cell(name, row[name]) for name in columns) + " |" for row in rows]
+    for row in rows:
+        cells = (_cell(name, row[name]) if name in row else "" for name in columns)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,6 @@ file stores them.
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import pathlib
 import re
@@ -34,10 +33,14 @@ class Record(NamedTuple):
 
 
 _CHUNK_BYTES = 1 << 20
-_ROWS_PER_BATCH = 256
+ROWS_PER_BATCH = 256
+_PACKED_BYTES = 1 << 12
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+PIECE_BYTES = 64 << 20
+_LONGEST_LINE = 256 << 20  # SlimPajama's longest document is far below
+_IN_PIECES = "documents given in pieces of 64 MiB"
 _INVALID_UTF8 = "documents with bytes that are not UTF-8"
 
 
@@ -46,21 +49,32 @@ def read_text(path: str, separator: str, repaired: Repaired, advance: Advance) -
 
     Line ends become LF. `separator` stands between documents, and one line end on either side of it
     belongs to it, not to them, as does one at the end of the file; "": the file is one document.
+    One of more than 64 MiB is given in pieces, each a whole number of lines where there are any.
     """
     content = _lf_only(_without_mark(path, _chunks(path, advance)))
     if not separator:
-        yield Record(0, _decode(b"".join(content), repaired))
+        yield from (Record(0, _decode(piece, repaired)) for piece in _pieces(content, repaired))
         return
-    for number, part in enumerate(_split(content, separator.encode())):
-        if number:
+    number, begins = 0, True
+    for part, ends in _split(content, separator.encode(), PIECE_BYTES):
+        if number and begins:
             part = part.removeprefix(b"\n")
-        yield Record(number, _decode(part.removesuffix(b"\n"), repaired))
+        yield Record(number, _decode(part.removesuffix(b"\n") if ends else part, repaired))
+        if begins and not ends:
+            repaired[_IN_PIECES] += 1
+        number, begins = number + ends, ends
 
 
 def read_jsonl(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
     """Each line that is not blank."""
-    for number, line in enumerate(_split(_chunks(path, advance), b"\n")):
+    lines = _split(_chunks(path, advance), b"\n", _LONGEST_LINE)
+    for number, (line, ends) in enumerate(lines):
         where = f"{path}:{number + 1}"
+        if not ends:
+            raise ValueError(
+                f"{where}: this line has more than {_LONGEST_LINE >> 20} MiB, which no document "
+                f"has: {line[:60]!r}; the file is damaged, or made to fill memory: leave it out"
+            )
         if number == 0:
             line = line.removeprefix(_UTF8_MARK)
         if not line.strip():
@@ -75,117 +89,26 @@ def read_jsonl(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> I
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a {type(record).__name__}, not a JSON object")
         if keys.text not in record:
-            raise _no_such_key(where, keys.text, list(record))
-        text = _as_text(record[keys.text], where, keys.text, repaired)
-        yield Record(number, text, _subset(record, keys.subset, where))
+            raise no_such_key(where, keys.text, list(record))
+        text = as_text(record[keys.text], where, keys.text, repaired)
+        yield Record(number, text, subset_of(record, keys.subset, where))
 
 
-def read_parquet(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
-    """Each row, one row group after the other."""
-    import pyarrow.parquet
-
-    with _telling_of_damage(path, "parquet"), pyarrow.parquet.ParquetFile(path) as file:
-        _require_columns(path, file.schema_arrow, keys)
-        rows = file.metadata.num_rows
-        batches = file.iter_batches(_ROWS_PER_BATCH, columns=_columns(keys))
-        yield from _of_batches(path, batches, rows, keys, repaired, advance)
-
-
-def read_arrow(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
-    """Each row of an Arrow stream, as Hugging Face `datasets` save it, or of an Arrow file."""
-    import pyarrow
-    import pyarrow.ipc
-
-    with _telling_of_damage(path, "Arrow"), pyarrow.memory_map(path) as file:
-        try:
-            reader = pyarrow.ipc.open_stream(file)
-            batches = iter(reader)
-        except pyarrow.ArrowInvalid:
-            reader = pyarrow.ipc.open_file(file)
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-        _require_columns(path, reader.schema, keys)
-        parts = (
-            batch.select(_columns(keys)).slice(start, _ROWS_PER_BATCH)
-            for batch in batches
-            for start in range(0, len(batch), _ROWS_PER_BATCH)
-        )
-        # How many rows there are is not known before the end.
-        yield from _of_batches(path, parts, 0, keys, repaired, lambda count: None)
-    advance(pathlib.Path(path).stat().st_size)
-
-
-def _of_batches(
-    path: str, batches: Iterator[Any], rows: int, keys: Keys, repaired: Repaired, advance: Advance
-) -> Iterator[Record]:
-    """The rows of a file of so many, whose batches hold the columns of `keys` alone."""
-    import pyarrow
-
-    size = pathlib.Path(path).stat().st_size
-    number = 0
-    for batch in batches:
-        # As bytes: pyarrow does not check that strings are UTF-8.
-        texts = batch.column(keys.text).cast(pyarrow.large_binary()).to_pylist()
-        name = keys.subset.split(".")[0]
-        subsets = batch.column(name).to_pylist() if name else [None] * len(batch)
-        for text, value in zip(texts, subsets, strict=True):
-            where = f"{path}, row {number}"
-            subset = _subset({name: value}, keys.subset, where)
-            yield Record(number, _as_text(text, where, keys.text, repaired), subset)
-            number += 1
-        advance(size * len(batch) // max(rows, 1))
-
-
-def _columns(keys: Keys) -> list[str]:
-    return [name for name in (keys.text, keys.subset.split(".")[0]) if name]
-
-
-def _require_columns(path: str, schema: Any, keys: Keys) -> None:
-    for name in _columns(keys):
-        if name not in schema.names:
-            raise _no_such_key(path, name, schema.names)
-    kind = schema.field(keys.text).type
-    if not _holds_text(kind):
-        raise _no_text(path, keys.text, str(kind))
-
-
-@contextlib.contextmanager
-def _telling_of_damage(path: str, what: str) -> Iterator[None]:
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise  # the file system's, not the content's
-        raise ValueError(f"{path} cannot be read as {what}: {error}") from error
-
-
-def _subset(record: dict[str, Any], key: str, where: str) -> str:
+def subset_of(record: dict[str, Any], key: str, where: str) -> str:
     """What `key` (names joined by points) leads to; "" where there is no key."""
     if not key:
         return ""
     value: Any = record
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
     if not isinstance(value, str):
         raise ValueError(
             f'{where} has no text under subset_key "{key}", but {value!r}: which subset it belongs '
             f"to is not known; set subset_key to the key that tells it"
         )
     return value
-
-
-def _holds_text(kind: Any) -> bool:
-    from pyarrow import types
-
-    plain = kind.value_type if types.is_dictionary(kind) else kind
-    return any(
-        test(plain)
-        for test in (
-            types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
-            types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary, types.is_null,
-        )
-    )  # fmt: skip
 
 
 def tfds_size(name: str) -> tuple[str, int, int]:
@@ -205,14 +128,14 @@ def read_tfds(
     """The rows `[first, last)` of the train split."""
     source = _tfds_source(name)
     per_row = source.dataset_info.splits["train"].num_bytes // len(source)
-    for start in range(*rows, _ROWS_PER_BATCH):
-        numbers = range(start, min(start + _ROWS_PER_BATCH, rows[1]))
+    for start in range(*rows, ROWS_PER_BATCH):
+        numbers = range(start, min(start + ROWS_PER_BATCH, rows[1]))
         for number, record in zip(numbers, source.__getitems__(list(numbers)), strict=True):
             where = f"tfds:{name}, row {number}"
             if keys.text not in record:
-                raise _no_such_key(where, keys.text, list(record))
-            text = _as_text(record[keys.text], where, keys.text, repaired)
-            yield Record(number, text, _subset(record, keys.subset, where))
+                raise no_such_key(where, keys.text, list(record))
+            text = as_text(record[keys.text], where, keys.text, repaired)
+            yield Record(number, text, subset_of(record, keys.subset, where))
         advance(per_row * len(numbers))
 
 
@@ -227,22 +150,24 @@ def without_surrogates(text: str, repaired: Repaired) -> str:
 def _tfds_source(name: str) -> Any:
     import tensorflow_datasets as tfds
 
+    from tinyllama_jax.data import tfds_builders  # noqa: F401 - which registers their names
+
     if pathlib.Path(name).is_dir():
         return tfds.builder_from_directory(name).as_data_source(split="train")
     return tfds.data_source(name, split="train")
 
 
-def _as_text(value: Any, where: str, text_key: str, repaired: Repaired) -> str:
+def as_text(value: Any, where: str, text_key: str, repaired: Repaired) -> str:
     if isinstance(value, bytes):
         return _decode(value, repaired)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _no_text(where, text_key, type(value).__name__)
+        raise no_text(where, text_key, type(value).__name__)
     return value
 
 
-def _no_text(where: str, text_key: str, kind: str) -> ValueError:
+def no_text(where: str, text_key: str, kind: str) -> ValueError:
     return ValueError(
         f'{where}: "{text_key}" is of type {kind}, not a text; '
         f"set text_key of the source to the key that holds the document"
@@ -257,28 +182,70 @@ def _decode(content: bytes, repaired: Repaired) -> str:
         return content.decode(errors="replace")
 
 
-def _no_such_key(where: str, text_key: str, keys: list[str]) -> ValueError:
+def no_such_key(where: str, text_key: str, keys: list[str]) -> ValueError:
     return ValueError(
         f'{where} has no "{text_key}"; it has {", ".join(map(repr, keys)) or "no keys at all"}; '
         f"set text_key of the source to the one that holds the document"
     )
 
 
-def _split(chunks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
-    """What stands between separators; a part as long as the file costs one copy of it."""
+def _split(chunks: Iterator[bytes], separator: bytes, longest: int) -> Iterator[tuple[bytes, bool]]:
+    """What stands between separators, and whether it ends there.
+
+    Of what is longer than `longest` (and a chunk) a first piece is given, ahead of its last line
+    end if it has one; then the rest.
+    """
     parts: list[bytes] = []
+    size = 0
     held = b""  # may begin a separator that goes on in the next chunk
     for chunk in chunks:
         *ended, rest = (held + chunk).split(separator)
         for part in ended:
             parts.append(part)
-            yield b"".join(parts)
+            yield b"".join(parts), True
             parts.clear()
+            size = 0
         keep = _overlap(rest, separator)
         held = rest[len(rest) - keep :]
         parts.append(rest[: len(rest) - keep])
+        size += len(parts[-1])
+        if size > longest:
+            piece, rest = _cut(parts)
+            yield piece, False
+            parts, size = [rest], len(rest)
     if last := b"".join([*parts, held]):
-        yield last
+        yield last, True
+
+
+def _pieces(chunks: Iterator[bytes], repaired: Repaired) -> Iterator[bytes]:
+    """All of a file, in pieces where it is large."""
+    parts: list[bytes] = []
+    cut_before = False
+    for chunk in chunks:
+        parts.append(chunk)
+        if sum(map(len, parts)) > PIECE_BYTES:
+            if not cut_before:
+                repaired[_IN_PIECES] += 1
+            cut_before = True
+            piece, rest = _cut(parts)
+            yield piece
+            parts = [rest]
+    yield b"".join(parts)
+
+
+def _cut(parts: list[bytes]) -> tuple[bytes, bytes]:
+    """What goes up to the last line end, or else the last whole character; and the rest."""
+    whole = b"".join(parts)
+    place = whole.rfind(b"\n") + 1
+    if not place:
+        place = len(whole)
+        for back in range(1, min(4, len(whole)) + 1):  # a character has 4 bytes at most
+            byte = whole[-back]
+            if byte >= 0xC0 and back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4):
+                place = len(whole) - back
+            if not 0x80 <= byte < 0xC0:  # the first byte of the last character
+                break
+    return whole[:place], whole[place:]
 
 
 def _overlap(content: bytes, separator: bytes) -> int:
@@ -346,6 +313,12 @@ def _new_gzip() -> Any:
     return zlib.decompressobj(wbits=31)
 
 
+def _small(stored: Iterator[bytes]) -> Iterator[bytes]:
+    """So little at a time that what it unpacks to has a bound: 128 KiB for each 4 bytes of zstd."""
+    for chunk in stored:
+        yield from (chunk[at : at + _PACKED_BYTES] for at in range(0, len(chunk), _PACKED_BYTES))
+
+
 def _decompressed(
     path: str, stored: Iterator[bytes], new_decompressor: Callable[[], Any]
 ) -> Iterator[bytes]:
@@ -355,7 +328,7 @@ def _decompressed(
     decompressor = None
     empty = True
     try:
-        for chunk in stored:
+        for chunk in _small(stored):
             empty = False
             while chunk:
                 decompressor = decompressor or new_decompressor()

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 
 from tinyllama_jax.config import SourceConfig
 from tinyllama_jax.config_rules import chosen_subsets
-from tinyllama_jax.data import embedded, formats
+from tinyllama_jax.data import columnar, embedded, formats
 from tinyllama_jax.data.formats import Keys, Record
 
 _ENDINGS = {
@@ -41,7 +41,7 @@ _ENDINGS = {
 _COMPRESSED = (".zst", ".gz")
 _NEVER_COMPRESSED = ("parquet", "arrow", "litpkds")
 _READERS = {
-    "jsonl": formats.read_jsonl, "parquet": formats.read_parquet, "arrow": formats.read_arrow,
+    "jsonl": formats.read_jsonl, "parquet": columnar.read_parquet, "arrow": columnar.read_arrow,
 }  # fmt: skip
 DIRECTORY = "directory"  # the subset_key of subsets that are directories
 _TFDS = "tfds:"

@@ -58,6 +58,8 @@ class TrainingData(Protocol):
 
     def documents_at(self, step: int) -> Sequence[Sequence[object]]: ...
 
+    def epochs_at(self, step: int) -> Mapping[str, float]: ...
+
 
 def train(
     config: Config,
@@ -139,7 +141,8 @@ def train(
             except Interrupted:
                 return False
             if losses:
-                writer.write(_at(step, config) | losses)
+                epochs = {f"epochs/{name}": n for name, n in data.epochs_at(step).items()}
+                writer.write(_at(step, config) | losses | epochs)
                 say(f"step {step}: {describe(losses)}")
             return True
 

@@ -1,0 +1,113 @@
+"""Files made to fill memory, by accident or not: refused, or given in pieces."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from tinyllama_jax.config import SourceConfig
+from tinyllama_jax.data import formats
+from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Pieces and lines of a few kB in place of many MB."""
+    monkeypatch.setattr(formats, "PIECE_BYTES", 5_000)
+    monkeypatch.setattr(formats, "_LONGEST_LINE", 5_000)
+    monkeypatch.setattr(formats, "_CHUNK_BYTES", 1_000)
+
+
+def read(path, **settings):
+    source = SourceConfig(name="books", path=str(path), validation_fraction=0.0, **settings)
+    tally = Tally()
+    (entry,) = list_inputs(source)
+    return list(read_documents(source, entry, tally)), tally
+
+
+@pytest.mark.parametrize(
+    "text", ["a line\n" * 4000, "no line end 🦙" * 2000, "🦙" * 7000, "x" * 9000]
+)
+def test_a_long_text_comes_in_pieces(tmp_path, short, text):
+    (tmp_path / "a.txt").write_text(text)
+    found, tally = read(tmp_path / "a.txt")
+    assert len(found) > 1 and {document.record for document in found} == {0}
+    assert "".join(document.text for document in found) == text
+    assert all(len(document.text.encode()) <= 6_000 for document in found)
+    if "\n" in text:
+        assert all(document.text.endswith("\n") for document in found)
+    assert tally.repaired == {"documents given in pieces of 64 MiB": 1}
+
+
+def test_a_short_text_is_whole(tmp_path, short):
+    (tmp_path / "a.txt").write_text("word " * 900)
+    found, tally = read(tmp_path / "a.txt")
+    assert len(found) == 1 and not tally.repaired
+
+
+def test_a_long_one_among_separated_documents(tmp_path, short):
+    long = "a line of it\n" * 900
+    (tmp_path / "a.txt").write_text(f"first\n<|end|>\n{long}<|end|>\nlast\n")
+    found, tally = read(tmp_path / "a.txt", separator="<|end|>")
+    assert [found[0].text, found[-1].text] == ["first", "last"]
+    assert [d.record for d in found] == [0] + [1] * (len(found) - 2) + [2]
+    assert "".join(document.text for document in found[1:-1]) == long.removesuffix("\n")
+    assert tally.repaired == {"documents given in pieces of 64 MiB": 1}
+
+
+def test_a_line_that_no_document_has(tmp_path, short):
+    good, long = json.dumps({"text": "good"}), json.dumps({"text": "x" * 9000})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{long}\n{good}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: this line has more than .*leave it out"):
+        read(tmp_path / "a.jsonl")
+
+
+MEASURED = """
+    import resource, sys
+    from tinyllama_jax.config import SourceConfig
+    from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    source = SourceConfig(path=sys.argv[1])
+    (entry,) = list_inputs(source)
+    before = peak()
+    try:
+        for document in read_documents(source, entry, Tally()):
+            pass
+    except ValueError as error:
+        print(error)
+    print(peak() - before)
+"""
+
+
+def megabytes_used(path):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEASURED), str(path)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    *said, used = done.stdout.splitlines()
+    return "\n".join(said), int(used)
+
+
+def test_a_bomb(tmp_path):
+    """4 GB of one letter in 130 kB of zstd."""
+    packer = zstandard.ZstdCompressor().compressobj()
+    packed = [packer.compress(b'{"text": "')]
+    packed += [packer.compress(b"x" * (1 << 20)) for _ in range(4096)]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join([*packed, packer.flush()]))
+    said, used = megabytes_used(tmp_path / "a.jsonl.zst")
+    assert "this line has more than 256 MiB" in said
+    assert used < 1200
+
+
+def test_books_in_parquet(tmp_path):
+    """256 rows of 4 MB are not read at once."""
+    rows = [f"{number} " + "a book " * 600_000 for number in range(100)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    said, used = megabytes_used(tmp_path / "a.parquet")
+    assert not said and used < 400
