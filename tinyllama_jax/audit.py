@@ -1,7 +1,7 @@
 """Says whether a prepared corpus is what it should be, and which documents a step sees.
 
 python -m tinyllama_jax.audit DIR [--config=FILE] [--tokenizer=FILE] [--html=audit.html]
-    [--evaluation_files=FILE,...]
+    [--evaluation_files=FILE,...] [--near_copies=100000]
 python -m tinyllama_jax.audit --config=FILE --step=K
 python -m tinyllama_jax.audit --config=FILE --find="TEXT"
 
@@ -34,6 +34,7 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", "", "The .model file that it shoul
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0: one per core.")
 _HTML = flags.DEFINE_string("html", "", "A page to write as well.")
 _FILES = flags.DEFINE_list("evaluation_files", [], "Texts that must not be in it.")
+_NEAR = flags.DEFINE_integer("near_copies", 0, "Compare so many documents with each other.")
 _STEP = flags.DEFINE_integer("step", -1, "Print the documents that this step sees (from 1 on).")
 _FIND = flags.DEFINE_string("find", "", "Print which documents hold this, and at which steps.")
 
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
             config=config,
             tokenizer=tokenizer,
             evaluation_files=[pathlib.Path(name) for name in _FILES.value],
+            near_copies_among=_NEAR.value,
             workers=_WORKERS.value or available_cores(),
             advance=progress.advance,
         )

@@ -79,6 +79,10 @@ def warnings(result):
     return [f"{f.subject}: {f.text}" for f in result.findings if f.level == "warning"]
 
 
+def lines_of(result):
+    return "\n".join(f"{f.subject}: {f.text}" for f in result.findings)
+
+
 # --- prepared storage
 
 
@@ -202,6 +206,24 @@ def test_texts_of_an_evaluation(prepared, raw, tmp_path):
     with pytest.raises(ValueError, match="none has a run of 13 words to look for"):
         (tmp_path / "short.txt").write_text("too short")
         audit(prepared, evaluation_files=[tmp_path / "short.txt"])
+
+
+def test_near_copies(prepared, raw):
+    pytest.importorskip("datasketch", reason="needs the [audit] extra")
+    result = audit(prepared, near_copies_among=400)
+    assert "near copies: 0 of 400 documents are" in lines_of(result)
+    train = split_of(prepared)
+    _, table = next(Stream(train).document_blocks(0))
+    long = next(place for place, row in enumerate(table) if 300 < row["tokens"] < 2000)
+
+    def altered(number, ids):
+        return [ids, np.delete(ids, 20)] if number == (0, long) else [ids]
+
+    rewrite(train, altered)
+    result = audit(prepared, near_copies_among=2 * long + 10)
+    name = f"part-00.jsonl, record {table[long]['record']}"
+    assert f"are nearly a copy of another: {name} of {name}" in lines_of(result)
+    assert not any(f.subject == "copies" and f.level != "ok" for f in result.findings)
 
 
 def test_runs_of_words_pass_over_case_and_marks():

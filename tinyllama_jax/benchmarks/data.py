@@ -12,18 +12,19 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinyllama_jax.benchmarks.rounds import Timing, attempt, ratio
 from tinyllama_jax.config import Config, DataConfig, ModelConfig, SourceConfig, TrainingConfig
-from tinyllama_jax.data.corpus import open_datasets
-from tinyllama_jax.data.dataset import TrainingDataset
 from tinyllama_jax.data.pages import PAGE_TOKENS, page_dtype
 from tinyllama_jax.data.prepare import prepare_sources
 from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
 from tinyllama_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # grain is imported where it is used: the other benchmarks need none
+    from tinyllama_jax.data.dataset import TrainingDataset
 
 OURS = "ours"
 RESUMED_STEP = 1_000_000
@@ -109,6 +110,8 @@ def loading(
     Raises:
       ValueError: a contender gave other ids than ours.
     """
+    from tinyllama_jax.data.corpus import open_datasets
+
     data = DataConfig(
         sources=(dataclasses.replace(source, validation_fraction=0.0),),
         tokenizer=tokenizer, prepared=str(directory), seq_len=seq_len,

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
-import json
 import pathlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from tinyllama_jax.config import Config
+from tinyllama_jax.data.audit_files import CHUNK, NAMES, gaps, pointers, some, structure, unfinished
 from tinyllama_jax.data.corpus import open_prepared
+from tinyllama_jax.data.near_copies import near_copies
 from tinyllama_jax.data.pages import MANIFEST_FILE, DamagedDataError, Manifest, read_manifest
 from tinyllama_jax.data.scan import Grams, Part, Scan, grams_of, scan_parts
+from tinyllama_jax.data.stream import Stream
 from tinyllama_jax.data.units import SPLITS
 from tinyllama_jax.findings import Finding
 from tinyllama_jax.text.tokenizer import Tokenizer
@@ -27,9 +27,6 @@ from tinyllama_jax.text.tokenizer import Tokenizer
 GRAM_WORDS = 13  # as GPT-3 (arXiv 2005.14165, appendix C) and most reports since
 _MANY_COPIES = 0.01  # copies among the documents that are no longer a detail
 _ALIKE = 0.95  # documents that must encode to the same ids again
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_CHUNK = re.compile(r"(.*)_(\d+)\.bin")
-_NAMES = 4  # that a line gives of many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +60,7 @@ def audit(
     config: Config | None = None,
     tokenizer: Tokenizer | None = None,
     evaluation_files: Sequence[pathlib.Path] = (),
+    near_copies_among: int = 0,
     workers: int = 1,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Audit:
@@ -73,6 +71,8 @@ def audit(
       config: of the run that it is for; its mixture is compared.
       tokenizer: that it should be of; None: the shipped one where it is.
       evaluation_files: texts that must not be in it, by runs of 13 words.
+      near_copies_among: so many documents to train on, the first of each stream, are compared with
+        each other; 0: none.
       workers: processes.
       advance: told of bytes read.
 
@@ -86,7 +86,7 @@ def audit(
             f"{directory} holds no prepared corpus and no LITPKDS chunks (*.bin); name what "
             f"data.prepared is set to, or a directory of chunks"
         )
-    findings = [*_pointers(directory)]
+    findings = [*pointers(directory)]
     manifests: dict[pathlib.Path, Manifest] = {}
     for split in splits:
         try:
@@ -107,14 +107,16 @@ def audit(
     streams = _scanned(parts, manifests, tokenizer, grams, workers, advance)
 
     for split, manifest in manifests.items():
-        findings += _structure(split, manifest)
-    findings += _unfinished(directory) + _gaps(chunks)
+        findings += structure(split, manifest)
+    findings += unfinished(directory) + gaps(chunks)
     for stream in streams:
         findings += _contents(stream, chunks=bool(chunks))
     findings += [_repeated_parts(streams), *_copies(streams)]
     findings += _tokenizer(streams, manifests, tokenizer)
     if grams is not None:
         findings.append(_contamination(streams, grams))
+    if near_copies_among:
+        findings.append(_near_copies(manifests, tokenizer, near_copies_among))
     if config is not None and manifests:
         findings += _mixture(config, tokenizer)
     return Audit(findings, streams)
@@ -131,7 +133,7 @@ def _parts_of(manifests: Mapping[pathlib.Path, Manifest]) -> list[Part]:
 
 def _parts_of_chunks(directory: pathlib.Path, chunks: Sequence[pathlib.Path]) -> list[Part]:
     def name(path: pathlib.Path) -> str:
-        numbered = _CHUNK.fullmatch(path.relative_to(directory).as_posix())
+        numbered = CHUNK.fullmatch(path.relative_to(directory).as_posix())
         return numbered[1] if numbered else path.stem
 
     return [Part(name(path), str(path)) for path in chunks]
@@ -164,95 +166,6 @@ def _scanned(
     return result
 
 
-def _pointers(directory: pathlib.Path) -> list[Finding]:
-    found = []
-    for path in directory.rglob("*"):
-        if path.is_file() and path.stat().st_size <= 1024:
-            with open(path, "rb") as file:
-                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                    found.append(str(path))
-    if not found:
-        return []
-    return [
-        Finding("files", f"Git-LFS pointers in place of data: {_some(found)}; run `git lfs pull` "
-                "where they came from", "problem")
-    ]  # fmt: skip
-
-
-def _structure(split: pathlib.Path, manifest: Manifest) -> list[Finding]:
-    """Manifest and directory say the same, and no input was read twice."""
-    subject = f"{manifest.source} {manifest.split}"
-    listed = {shard.file for shard in manifest.shards}
-    there = {path.name for path in split.glob("*.arrayrecord")}
-    findings = []
-    if missing := sorted(listed - there):
-        findings.append(Finding(subject, f"shards are missing: {_some(missing)}", "problem"))
-    if strays := sorted(there - listed):
-        findings.append(
-            Finding(subject, f"shards that the manifest does not list, so that nobody reads them: "
-                    f"{_some(strays)}", "problem")
-        )  # fmt: skip
-    counts = collections.Counter(name for shard in manifest.shards for name in shard.inputs)
-    if twice := sorted(name for name, count in counts.items() if count > 1):
-        findings.append(
-            Finding(
-                subject, f"inputs were read into more than one shard: {_some(twice)}", "problem"
-            )
-        )
-    return findings
-
-
-def _unfinished(directory: pathlib.Path) -> list[Finding]:
-    """Records of units tell of shards that no manifest lists, or are not all there."""
-    findings = []
-    for units in sorted({path.parent for path in directory.rglob("units/*.json")}):
-        source = units.parent
-        numbers = sorted(int(path.stem) for path in units.glob("*.json") if path.stem.isdecimal())
-        if holes := sorted(set(range(numbers[-1] + 1 if numbers else 0)) - set(numbers)):
-            findings.append(
-                Finding(source.name, f"units {_some(map(str, holes))} have no record: their inputs "
-                        "are not in the corpus", "problem")
-            )  # fmt: skip
-        places = {(place, entry["file"]) for number in numbers for place, entry in
-                  _shards_of(units / f"{number:05d}.json").items()}  # fmt: skip
-        listed = set()
-        for path in source.rglob(MANIFEST_FILE):
-            try:
-                place = path.parent.relative_to(source).as_posix()
-                listed |= {(place, shard.file) for shard in read_manifest(path.parent).shards}
-            except (ValueError, DamagedDataError):
-                continue  # told already
-        if lost := sorted(places - listed):
-            names = _some("/".join(part) for part in lost)
-            findings.append(
-                Finding(source.name, f"shards were written but no manifest lists them: {names}; "
-                        "prepare to the end", "problem")
-            )  # fmt: skip
-    return findings
-
-
-def _shards_of(record: pathlib.Path) -> dict:
-    try:
-        return dict(json.loads(record.read_bytes())["shards"])
-    except (ValueError, KeyError, TypeError):
-        return {}
-
-
-def _gaps(chunks: Sequence[pathlib.Path]) -> list[Finding]:
-    numbers = collections.defaultdict(set)
-    for path in chunks:
-        if numbered := _CHUNK.fullmatch(str(path)):
-            numbers[numbered[1]].add(int(numbered[2]))
-    missing = [
-        f"{pathlib.Path(prefix).name}_{number:010d}.bin"
-        for prefix, found in numbers.items()
-        for number in sorted(set(range(max(found))) - found)
-    ]
-    if not missing:
-        return []
-    return [Finding("chunks", f"{len(missing)} are missing: {_some(missing)}", "problem")]
-
-
 def _contents(stream: StreamAudit, chunks: bool) -> list[Finding]:
     scan, findings = stream.scan, []
     text = (
@@ -264,7 +177,7 @@ def _contents(stream: StreamAudit, chunks: bool) -> list[Finding]:
     if stream.text_bytes:
         text += f", {stream.text_bytes / max(1, scan.tokens):.2f} bytes a token"
     findings.append(Finding(stream.name, text))
-    findings += [Finding(stream.name, damage, "problem") for damage in scan.damage[:_NAMES]]
+    findings += [Finding(stream.name, damage, "problem") for damage in scan.damage[:NAMES]]
     if scan.filled:
         share = scan.filling / (scan.filling + scan.tokens)
         findings.append(
@@ -296,7 +209,7 @@ def _repeated_parts(streams: Sequence[StreamAudit]) -> Finding:
             paths[sha256].append(path)
     groups = [group for group in paths.values() if len(group) > 1]
     if groups:
-        shown = _some(" = ".join(group) for group in groups)
+        shown = some(" = ".join(group) for group in groups)
         return Finding("hashes", f"the same bytes are there more than once: {shown}", "problem")
     return Finding("hashes", f"{len(paths):,} files were hashed, each is there once")
 
@@ -338,14 +251,14 @@ def _tokenizer(
 ) -> list[Finding]:
     hashes = {manifest.tokenizer_sha256 for manifest in manifests.values()}
     if tokenizer is None:
-        named = _some(sorted(value[:12] for value in hashes))
+        named = some(sorted(value[:12] for value in hashes))
         return [
             Finding("tokenizer", f"of sha256 {named}; name it with --tokenizer, or a --config, to "
                     "see whether the ids are its own", "ok" if len(hashes) == 1 else "problem")
         ]  # fmt: skip
     if others := sorted(hashes - {tokenizer.sha256}):
         return [
-            Finding("tokenizer", f"prepared with the one of sha256 {_some(others)}, but given is "
+            Finding("tokenizer", f"prepared with the one of sha256 {some(others)}, but given is "
                     f"{tokenizer.sha256}: ids would mean other text", "problem")
         ]  # fmt: skip
     encoded = sum(stream.scan.encoded for stream in streams)
@@ -363,8 +276,40 @@ def _contamination(streams: Sequence[StreamAudit], grams: Grams) -> Finding:
     looked = f"runs of {grams.size} words of {len(set(grams.files.values()))} files"
     if not met:
         return Finding("evaluation", f"no document has any of the {looked}")
-    shown = _some(f"{name}: {count} documents" for name, count in met.most_common())
+    shown = some(f"{name}: {count} documents" for name, count in met.most_common())
     return Finding("evaluation", f"documents share {looked}: {shown}", "problem")
+
+
+def _near_copies(
+    manifests: Mapping[pathlib.Path, Manifest], tokenizer: Tokenizer | None, among: int
+) -> Finding:
+    if tokenizer is None:
+        raise ValueError("near copies are looked for in text: name --tokenizer or --config")
+    training = [split for split, manifest in manifests.items() if manifest.split == SPLITS[0]]
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for split in training:
+            stream, left = Stream(split), -(-among // len(training))
+            for shard in range(len(stream.manifest.shards)):
+                for ids, table in stream.document_blocks(shard):
+                    ends = np.cumsum(table["tokens"], dtype=np.int64)[:left]
+                    inputs = stream.manifest.shards[shard].inputs
+                    for row, end in zip(table, ends, strict=False):
+                        name = f"{inputs[row['input']]}, record {row['record']}"
+                        yield name, tokenizer.decode(ids[end - row["tokens"] : end])
+                    left -= len(ends)
+
+    count = 0
+
+    def counted(number: int) -> None:
+        nonlocal count
+        count += number
+
+    pairs = near_copies(texts(), counted)
+    text = f"{len(pairs):,} of {count:,} documents are nearly a copy of another"
+    if pairs:
+        text += ": " + some(f"{name} of {other}" for name, other in pairs)
+    return Finding("near copies", text, "warning" if len(pairs) > _MANY_COPIES * count else "ok")
 
 
 def _mixture(config: Config, tokenizer: Tokenizer | None) -> list[Finding]:
@@ -389,13 +334,6 @@ def _grams(files: Sequence[pathlib.Path], tokenizer: Tokenizer | None) -> Grams 
     grams = grams_of(texts, GRAM_WORDS)
     if not grams.files:
         raise ValueError(
-            f"{_some(map(str, files))}: none has a run of {GRAM_WORDS} words to look for"
+            f"{some(map(str, files))}: none has a run of {GRAM_WORDS} words to look for"
         )
     return grams
-
-
-def _some(names) -> str:
-    """The first of many names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
-    return ", ".join(itertools.islice(names, _NAMES)) + more

@@ -17,7 +17,6 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from tinyllama_jax import door
 from tinyllama_jax.config import SourceConfig
 from tinyllama_jax.data import formats
 from tinyllama_jax.data.sources import list_inputs
@@ -122,10 +121,13 @@ def main() -> None:
     parser.add_argument("--manual_dir", required=True, help="where the downloads are")
     parser.add_argument("--data_dir", help="where it is written; default: TFDS's own directory")
     options = parser.parse_args()
-    builder = tfds.builder(options.name, data_dir=options.data_dir)
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(manual_dir=options.manual_dir)
-    )
+    try:
+        builder = tfds.builder(options.name, data_dir=options.data_dir)
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=options.manual_dir)
+        )
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
     splits = builder.info.splits.items()
     counts = ", ".join(f"{name} {split.num_examples:,}" for name, split in splits)
     print(f"{builder.data_dir}: {counts}")
@@ -133,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    door.run(main)
+    main()
