@@ -204,6 +204,37 @@ def test_few_descriptors_are_enough_for_many_shards(tmp_path, write_split):
     assert int(_python(script, directory)) <= 48 // 4 + 8  # a quarter, and what Python itself holds
 
 
+def test_three_thousand_shards_under_the_usual_limit(tmp_path, write_split):
+    """As many as SlimPajama's parts; all but one are links to it."""
+    directory = write_split(tmp_path / "train", [[np.arange(3, 4000), np.full(6003, 7)]])
+    manifest = read_manifest(directory)
+    (first,) = manifest.shards
+    entries = []
+    for number in range(3000):
+        name = f"{number:05d}.arrayrecord"
+        if number:
+            for suffix in ("", ".documents"):
+                (directory / f"{name}{suffix}").hardlink_to(directory / f"{first.file}{suffix}")
+        entries.append(dataclasses.replace(first, file=name))
+    write_manifest(directory, dataclasses.replace(manifest, shards=tuple(entries)))
+    script = """
+        import os, pathlib, resource, sys
+        import numpy as np
+        from tinyllama_jax.data.stream import Stream, Windows
+        import array_record.python.array_record_module
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        stream = Stream(pathlib.Path(sys.argv[1]))
+        whole = np.concatenate([np.arange(3, 4000), np.full(6003, 7)])
+        windows = Windows(stream, 2048)
+        assert stream.num_tokens == 3000 * 10_000
+        for window in np.random.default_rng(0).integers(0, len(windows), 3000):
+            expected = whole[(window * 2048 + np.arange(2049)) % 10_000]
+            assert np.array_equal(windows[int(window)], expected), window
+        print(len(os.listdir("/proc/self/fd")))
+    """
+    assert int(_python(script, directory)) <= 256 // 4 + 8
+
+
 def test_threads_may_share_open_shards(directory, flat, monkeypatch):
     monkeypatch.setattr("tinyllama_jax.data.stream._CACHED_PAGES", 2)
     monkeypatch.setattr("resource.getrlimit", lambda _: (8, 8))  # two shards open at once

@@ -101,6 +101,34 @@ def test_the_fast_batch_gives_sentencepieces_ids(texts):
     ]
 
 
+def hostile_texts(seed, count):
+    """Strings of what tokenizers stumble over, and of anything at all that is Unicode."""
+    random = np.random.default_rng(seed)
+    parts = [
+        " ", "  ", " " * 17, "\n", "\n\n\n", "\t", "\r\n", " \n ", "\u2581", "\u2581\u2581", "</s>",
+        "<s>", "<unk>", "<0x0A>", "\0", "\u3000", "\x85", "\u00a0", "\u200b", "\ufeff", "\ufffd",
+        "e\u0301", "🦙", "👩\u200d👩\u200d👧", "½", "日本語", "مرحبا", "def", " the", "the", "The",
+        "    return", "0123456789", "...", "''", "->", "http://", "a" * 40, "\U0010ffff", "\ue000",
+    ]  # fmt: skip
+    for _ in range(count):
+        chosen = [parts[n] for n in random.integers(0, len(parts), random.integers(0, 9))]
+        points = random.integers(1, 0x110000, random.integers(0, 6))
+        chosen += [chr(point) for point in points if not 0xD800 <= point < 0xE000]
+        yield "".join(chosen[n] for n in random.permutation(len(chosen)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shipped", "llama"])
+def test_the_fast_batch_on_100000_hostile_texts(request, name):
+    tokenizer = request.getfixturevalue(name)
+    assert tokenizer._segments is not None
+    texts = list(hostile_texts(0, 100_000))
+    for start in range(0, len(texts), 1000):
+        part = texts[start : start + 1000]
+        for text, ids in zip(part, tokenizer.encode_batch(part), strict=True):
+            assert ids.tolist() == tokenizer.encode(text), repr(text)
+
+
 def test_the_fast_batch_on_real_text(llama, test_data):
     assert llama._segments is not None
     text = (test_data / "text" / "wikitext-2" / "valid.txt").read_text(encoding="utf-8")
