@@ -6,6 +6,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+PICTURES = {
+    "quickstart": ["runs/tiny_debug/loss.png"],
+    "history": ["runs/mended/loss.png", "both.png", "difference.png"],
+}
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -20,7 +24,8 @@ def test_runs(path, tmp_path):
         for output in cell.outputs
     ]
     assert any("nats per token after" in text for text in printed)
-    assert (tmp_path / "runs/tiny_debug/loss.png").exists()
+    for picture in PICTURES[path.stem]:
+        assert (tmp_path / picture).exists()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
