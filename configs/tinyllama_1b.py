@@ -23,12 +23,13 @@ def get_config():
     config.data.tokenizer = "data/tokenizer.model"  # Llama 2's, 32,000 pieces
     # Each subset, and each language, is a stream of its own, weighed by its tokens as published.
     config.data.sources.slimpajama = source(
-        path="data/SlimPajama-627B/train", weight=0.693584,
+        path="data/SlimPajama-627B/train", format="jsonl", weight=0.693584,
         subset_key="meta.redpajama_set_name", subsets="-RedPajamaGithub",
     )  # fmt: skip
     config.data.sources.starcoder = source(
-        path="data/starcoderdata", text_key="content", weight=0.306416, subset_key="directory"
-    )
+        path="data/starcoderdata", format="parquet", text_key="content", weight=0.306416,
+        subset_key="directory",
+    )  # fmt: skip
     config.data.seq_len = 2048
     config.optimizer.update(
         learning_rate=4e-4, min_learning_rate=4e-5, schedule="cosine", warmup_steps=2000,

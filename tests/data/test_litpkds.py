@@ -110,6 +110,29 @@ def test_a_missing_chunk_parts_a_document(tmp_path):
     assert not rest.begins and rest.ids.tolist() == list(range(62, 90))
 
 
+def test_units_divide_the_chunks_and_not_the_documents(tmp_path, monkeypatch):
+    expected = documents(5, 400)
+    pack(tmp_path / "raw", {"a_0": expected[:250], "a_1": expected[250:]}, chunk_size=60)
+    one_chunk_each = lambda inputs: iter([(entry,) for entry in inputs])  # noqa: E731
+    monkeypatch.setattr("tinyllama_jax.data.prepared.group_inputs", one_chunk_each)
+    source = SourceConfig(name="slim", path=str(tmp_path / "raw"), validation_fraction=0.0)
+    data = DataConfig(sources=(source,), prepared=str(tmp_path / "p"))
+    ids = stream_of(prepare_sources(data, workers=1)["slim"], "train")
+    parts = np.split(ids, np.flatnonzero(ids == EOS) + 1)[:-1]
+    assert [part[1:-1].tolist() for part in parts] == [document.tolist() for document in expected]
+
+
+def test_chunks_of_another_tokenizer_are_refused(tmp_path, monkeypatch):
+    pack(tmp_path, {"a": documents(6, 20)})
+    paths = sorted(map(str, tmp_path.glob("*.bin")))
+    with pytest.raises(ValueError, match=r"begins with id 1 in place of BOS \(5000\)"):
+        list(litpkds.read_documents(paths, 5000, EOS, lambda *chunk: None))
+    monkeypatch.setattr(litpkds, "_LONGEST_DOCUMENT", 60)
+    pack(tmp_path / "long", {"a": [np.arange(3, 200)]}, chunk_size=50)
+    with pytest.raises(ValueError, match="hold 60 ids without BOS"):
+        read(tmp_path / "long")
+
+
 def damaged(content, what):
     if what == "short":
         return content[:-1]

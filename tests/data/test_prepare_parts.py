@@ -15,14 +15,22 @@ from tinyllama_jax.data.prepared import is_prepared
 DOOR = [sys.executable, "-m", "tinyllama_jax.prepare", "--config=configs/tiny_debug.py"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_file_each():
+    """Units of one file, however small it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinyllama_jax.data.prepared.group_inputs", lambda inputs: zip(inputs))
+        yield
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Five files of more than 1 MB: five units."""
-    return write_corpus(tmp_path_factory.mktemp("raw") / "books", files=5, documents=1200)
+    """Five files: five units."""
+    return write_corpus(tmp_path_factory.mktemp("raw") / "books", files=5, documents=120)
 
 
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
+def whole(corpus, one_file_each, tmp_path_factory):
     """Prepared in one go."""
     data = config(corpus, tmp_path_factory.mktemp("whole"))
     return prepare_sources(data, workers=1)["books"]

@@ -61,6 +61,7 @@ def starcoder(tmp_path_factory):
             }
         )
         pyarrow.parquet.write_table(table, root / language / "train-00000-of-00001.parquet")
+    (root / "README.md").write_text("as at its root on the Hub")
     return root
 
 
@@ -118,7 +119,11 @@ def test_what_is_left_out_is_counted_and_what_is_not_there_told(slim_pajama, tmp
 
 def test_directories_are_subsets(starcoder, tmp_path):
     source = SourceConfig(
-        name="starcoder", path=str(starcoder), text_key="content", subset_key="directory"
+        name="starcoder",
+        path=str(starcoder),
+        text_key="content",
+        subset_key="directory",
+        format="parquet",
     )
     directories = prepared(source, tmp_path)
     assert list(directories) == ["starcoder.agda", "starcoder.c-sharp", "starcoder.python"]
@@ -142,6 +147,7 @@ def test_directories_are_subsets(starcoder, tmp_path):
         ({"text": "a"}, r"part.jsonl:2 has no text under subset_key"),
         ({"text": "a", "meta": {"redpajama_set_name": 3}}, "but 3"),
         ({"text": "a", "meta": {"redpajama_set_name": "../x"}}, "cannot name a directory"),
+        ({"text": "a", "meta": {"redpajama_set_name": ""}}, "cannot name a directory"),
     ],
 )
 def test_a_record_of_no_subset_ends_it(tmp_path, record, told):
@@ -163,8 +169,10 @@ def test_a_lost_shard_of_a_subset_is_written_again(slim_pajama, tmp_path):
     assert not is_prepared(source, directory)
     assert prepared(source, tmp_path) == directories
     assert {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
-    (directory / "subsets.json").write_text("{")
-    assert not is_prepared(source, directory)
+    told = (directory / "subsets.json").read_text()
+    for damaged in ("{", told.replace('"RedPajamaBook",', "")):
+        (directory / "subsets.json").write_text(damaged)
+        assert not is_prepared(source, directory)
 
 
 def test_it_is_found_where_the_raw_text_is_not(slim_pajama, tmp_path):
@@ -184,6 +192,7 @@ def test_subsets_are_weighed_by_their_tokens_within_their_source(slim_pajama, st
     slim = of_slim_pajama(slim_pajama, weight=0.693584)
     code = SourceConfig(
         name="starcoder", path=str(starcoder), text_key="content", subset_key="directory",
+        format="parquet",
         weight=0.306416, validation_fraction=0.2,
     )  # fmt: skip
     datasets = opened((slim, code), tmp_path, evaluation=EvaluationConfig(tokens=100 * S))

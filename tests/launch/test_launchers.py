@@ -75,7 +75,8 @@ def fake(tmp_path):
         )
         program(bin_dir / "srun", 'while [[ $1 == -* ]]; do shift; done; "$@"')
         for name in ("scontrol", "sbatch"):
-            program(bin_dir / name, f'echo "{name} $* ${{FINISH:-}}" | sed "s/ $//" >> {calls}')
+            told = f'echo "{name} $* ${{FINISH:-}}" | sed "s/ $//" >> {calls}'
+            program(bin_dir / name, f"{told}; [[ ! ${{SBATCH_FAILS:-}} ]]")
         done = subprocess.run(
             ["bash", LAUNCH / script, "--config=configs/tiny_debug.py", "--workdir=a b", *flags],
             env={**os.environ, **variables, "PATH": f"{bin_dir}:{os.environ['PATH']}",
@@ -96,23 +97,31 @@ PREPARE = "python -m tinyllama_jax.prepare {} --config=configs/tiny_debug.py --w
 
 
 def test_slurm_prepares_in_parts_and_finishes(fake):
-    array = {"SLURM_ARRAY_TASK_MAX": "15", "SLURM_ARRAY_JOB_ID": "5"}
+    array = {"SLURM_ARRAY_TASK_MAX": "15", "SLURM_ARRAY_JOB_ID": "5", "SLURM_JOB_ACCOUNT": "ours"}
     finish = (
-        "sbatch --export=ALL --array=0 --dependency=afterok:5 launch/prepare_slurm.sbatch "
-        "--config=configs/tiny_debug.py --workdir=a b 1"
+        "sbatch --export=ALL --array=0 --dependency=afterok:5 --kill-on-invalid-dep=yes "
+        "--account=ours launch/prepare_slurm.sbatch --config=configs/tiny_debug.py --workdir=a b 1"
     )
-    script = "prepare_slurm.sbatch"
-    assert fake(script, 0, SLURM_ARRAY_TASK_ID="0", **array) == (
-        0, [finish, PREPARE.format("--part=0/16")]
-    )  # fmt: skip
-    assert fake(script, 1, SLURM_ARRAY_TASK_ID="7", **array) == (
-        1, [finish, PREPARE.format("--part=0/16"), PREPARE.format("--part=7/16")]
-    )  # fmt: skip
-    # Back from the queue, the last job is there already.
-    status, calls = fake(script, 0, SLURM_ARRAY_TASK_ID="0", SLURM_RESTART_COUNT="1", **array)
-    assert (status, calls[3:]) == (0, [PREPARE.format("--part=0/16")])
-    status, calls = fake(script, 0, SLURM_ARRAY_TASK_ID="0", FINISH="1", **array)
-    assert (status, calls[4:]) == (0, [PREPARE.format("--finish")])
+    first, seventh = PREPARE.format("--part=0/16"), PREPARE.format("--part=7/16")
+    script, marker = "prepare_slurm.sbatch", ROOT / "prepare-5.finish"
+    marker.unlink(missing_ok=True)
+    try:
+        assert fake(script, 0, SLURM_ARRAY_TASK_ID="0", **array) == (0, [finish, first])
+        assert fake(script, 1, SLURM_ARRAY_TASK_ID="7", **array) == (1, [finish, first, seventh])
+        # Back from the queue, the last job is there already.
+        _, calls = fake(script, 0, SLURM_ARRAY_TASK_ID="0", **array)
+        assert calls[3:] == [first]
+        _, calls = fake(script, 0, SLURM_ARRAY_TASK_ID="0", FINISH="1", **array)
+        assert calls[4:] == [PREPARE.format("--finish")]
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+def test_a_part_is_done_where_no_job_can_be_submitted(fake):
+    array = {"SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "0"}
+    status, calls = fake("prepare_slurm.sbatch", 0, SBATCH_FAILS="1", **array)
+    assert (status, calls[1:]) == (0, [PREPARE.format("--part=0/2")])
+    assert not (ROOT / "prepare-6.finish").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from tinyllama_jax.config import Config
-from tinyllama_jax.data.audit_files import CHUNK, NAMES, gaps, pointers, some, structure, unfinished
+from tinyllama_jax.data.audit_files import (
+    CHUNK,
+    NAMES,
+    corpus_of,
+    gaps,
+    pointers,
+    some,
+    structure,
+    unfinished,
+)
 from tinyllama_jax.data.corpus import open_prepared
 from tinyllama_jax.data.near_copies import near_copies
 from tinyllama_jax.data.pages import MANIFEST_FILE, DamagedDataError, Manifest, read_manifest
+from tinyllama_jax.data.prepared import plan_of
 from tinyllama_jax.data.scan import Grams, Part, Scan, grams_of, scan_parts
 from tinyllama_jax.data.stream import Stream
 from tinyllama_jax.data.units import SPLITS
@@ -36,6 +46,7 @@ class StreamAudit:
     Attributes:
       name: the stream, and its split.
       directory: where it stands.
+      corpus: the prepared directory of its source, or the chunks' directory.
       scan: what it holds.
       boundary: what marks its documents.
       text_bytes: of text that its ids stand for; 0: no tokenizer was at hand.
@@ -43,6 +54,7 @@ class StreamAudit:
 
     name: str
     directory: str
+    corpus: pathlib.Path
     scan: Scan
     boundary: str
     text_bytes: int = 0
@@ -86,6 +98,8 @@ def audit(
             f"{directory} holds no prepared corpus and no LITPKDS chunks (*.bin); name what "
             f"data.prepared is set to, or a directory of chunks"
         )
+    if config is not None and splits:
+        splits = _of_config(directory, splits, config, tokenizer)
     findings = [*pointers(directory)]
     manifests: dict[pathlib.Path, Manifest] = {}
     for split in splits:
@@ -108,10 +122,17 @@ def audit(
 
     for split, manifest in manifests.items():
         findings += structure(split, manifest)
-    findings += unfinished(directory) + gaps(chunks)
+    for corpus in sorted(set(map(corpus_of, splits))):
+        findings += unfinished(corpus)
+    findings += gaps(chunks)
     for stream in streams:
         findings += _contents(stream, chunks=bool(chunks))
-    findings += [_repeated_parts(streams), *_copies(streams)]
+    findings.append(_repeated_parts(streams))
+    # What was prepared of the same text in several ways may lie side by side.
+    corpora = sorted({stream.corpus for stream in streams})
+    for corpus in corpora:
+        own = [stream for stream in streams if stream.corpus == corpus]
+        findings += _copies(own, f" ({corpus.name})" if len(corpora) > 1 else "")
     findings += _tokenizer(streams, manifests, tokenizer)
     if grams is not None:
         findings.append(_contamination(streams, grams))
@@ -120,6 +141,24 @@ def audit(
     if config is not None and manifests:
         findings += _mixture(config, tokenizer)
     return Audit(findings, streams)
+
+
+def _of_config(
+    directory: pathlib.Path,
+    splits: Sequence[pathlib.Path],
+    config: Config,
+    tokenizer: Tokenizer | None,
+) -> list[pathlib.Path]:
+    """The splits that a run of a config reads, of all that are there."""
+    tokenizer = tokenizer or Tokenizer(config.data.tokenizer)
+    read = {plan_of(s, config.data, tokenizer).directory.resolve() for s in config.data.sources}
+    chosen = [split for split in splits if corpus_of(split).resolve() in read]
+    if not chosen:
+        raise ValueError(
+            f"{directory} holds nothing that a run of the config reads, which would be in "
+            f"{some(sorted(map(str, read)))}; leave --config out to look at what is there"
+        )
+    return chosen
 
 
 def _parts_of(manifests: Mapping[pathlib.Path, Manifest]) -> list[Part]:
@@ -162,7 +201,10 @@ def _scanned(
         text = 0
         if sizes is not None and len(scan.token_counts) <= len(sizes):
             text = int(scan.token_counts @ sizes[: len(scan.token_counts)])
-        result.append(StreamAudit(name, directory, scan, boundaries.get(directory, ""), text))
+        path = pathlib.Path(directory)
+        corpus = corpus_of(path) if manifests else path
+        boundary = boundaries.get(directory, "")
+        result.append(StreamAudit(name, directory, corpus, scan, boundary, text))
     return result
 
 
@@ -178,6 +220,14 @@ def _contents(stream: StreamAudit, chunks: bool) -> list[Finding]:
         text += f", {stream.text_bytes / max(1, scan.tokens):.2f} bytes a token"
     findings.append(Finding(stream.name, text))
     findings += [Finding(stream.name, damage, "problem") for damage in scan.damage[:NAMES]]
+    if len(scan.damage) > NAMES:
+        more = f"{len(scan.damage) - NAMES:,} more files are damaged"
+        findings.append(Finding(stream.name, more, "problem"))
+    if scan.tokens and not scan.documents:
+        findings.append(
+            Finding(stream.name, "no BOS of the tokenizer is in it: it is of another one, or was "
+                    "packed without", "problem")
+        )  # fmt: skip
     if scan.filled:
         share = scan.filling / (scan.filling + scan.tokens)
         findings.append(
@@ -189,10 +239,11 @@ def _contents(stream: StreamAudit, chunks: bool) -> list[Finding]:
         findings.append(
             Finding(stream.name, f"{scan.bos_runs} documents are empty (BOS beside BOS)", "warning")
         )
-    if chunks and scan.documents and not scan.eos:
+    if chunks and scan.ended < _ALIKE * scan.lengths.sum():
         findings.append(
-            Finding(stream.name, "no document ends with EOS: a model learns no end; prepared with "
-                    "data.boundary = bos+eos each has one", "problem")
+            Finding(stream.name, f"{int(scan.lengths.sum()) - scan.ended:,} documents do not end "
+                    "with EOS: a model learns no end; prepared with data.boundary = bos+eos each "
+                    "has one", "problem")
         )  # fmt: skip
     elif stream.boundary == "bos":
         findings.append(
@@ -214,7 +265,7 @@ def _repeated_parts(streams: Sequence[StreamAudit]) -> Finding:
     return Finding("hashes", f"{len(paths):,} files were hashed, each is there once")
 
 
-def _copies(streams: Sequence[StreamAudit]) -> list[Finding]:
+def _copies(streams: Sequence[StreamAudit], where: str) -> list[Finding]:
     """Documents that are there more than once, and those that are both trained on and held out."""
     train, held_out = (
         np.concatenate(
@@ -229,13 +280,11 @@ def _copies(streams: Sequence[StreamAudit]) -> list[Finding]:
     if copies:
         level = "problem" if copies > _MANY_COPIES * len(train) else "warning"
     text = f"{copies:,} of {len(train):,} documents to train on are copies of another, to the token"
-    findings = [Finding("copies", text, level)]
+    findings = [Finding(f"copies{where}", text, level)]
     if len(held_out):
         both = int(np.isin(np.unique(held_out), distinct).sum())
-        findings.append(
-            Finding("held out", f"{both:,} of {len(held_out):,} documents are trained on too",
-                    "problem" if both else "ok")
-        )  # fmt: skip
+        text = f"{both:,} of {len(held_out):,} documents are trained on too"
+        findings.append(Finding(f"held out{where}", text, "problem" if both else "ok"))
     return findings
 
 
@@ -254,7 +303,7 @@ def _tokenizer(
         named = some(sorted(value[:12] for value in hashes))
         return [
             Finding("tokenizer", f"of sha256 {named}; name it with --tokenizer, or a --config, to "
-                    "see whether the ids are its own", "ok" if len(hashes) == 1 else "problem")
+                    "see whether the ids are its own", "ok" if len(hashes) == 1 else "warning")
         ]  # fmt: skip
     if others := sorted(hashes - {tokenizer.sha256}):
         return [
@@ -264,7 +313,7 @@ def _tokenizer(
     encoded = sum(stream.scan.encoded for stream in streams)
     alike = sum(stream.scan.encoded_alike for stream in streams)
     text = f"{alike} of {encoded} documents, decoded and encoded again, give the same ids"
-    if encoded and alike < _ALIKE * encoded:
+    if alike < _ALIKE * encoded or (not encoded and any(s.scan.tokens for s in streams)):
         return [Finding("tokenizer", f"{text}: they are of another tokenizer", "problem")]
     return [Finding("tokenizer", text)]
 
@@ -285,19 +334,23 @@ def _near_copies(
 ) -> Finding:
     if tokenizer is None:
         raise ValueError("near copies are looked for in text: name --tokenizer or --config")
+    if not manifests:
+        raise ValueError("near copies are looked for in what is prepared: prepare the chunks first")
     training = [split for split, manifest in manifests.items() if manifest.split == SPLITS[0]]
 
     def texts() -> Iterator[tuple[str, str]]:
         for split in training:
-            stream, left = Stream(split), -(-among // len(training))
-            for shard in range(len(stream.manifest.shards)):
+            stream, left, offset = Stream(split), -(-among // len(training)), 0
+            for shard, entry in enumerate(stream.manifest.shards):
                 for ids, table in stream.document_blocks(shard):
                     ends = np.cumsum(table["tokens"], dtype=np.int64)[:left]
-                    inputs = stream.manifest.shards[shard].inputs
                     for row, end in zip(table, ends, strict=False):
-                        name = f"{inputs[row['input']]}, record {row['record']}"
-                        yield name, tokenizer.decode(ids[end - row["tokens"] : end])
+                        start = end - row["tokens"]
+                        place = f"{entry.inputs[row['input']]}, record {row['record']}"
+                        name = f"{stream.manifest.source}: {place}, token {offset + start}"
+                        yield name, tokenizer.decode(ids[start:end])
                     left -= len(ends)
+                    offset += len(ids)
 
     count = 0
 
@@ -330,7 +383,7 @@ def _grams(files: Sequence[pathlib.Path], tokenizer: Tokenizer | None) -> Grams 
         return None
     if tokenizer is None:
         raise ValueError("texts are looked for in decoded documents: name --tokenizer or --config")
-    texts = {path.name: path.read_text(errors="replace") for path in files}
+    texts = {str(path): path.read_text(errors="replace") for path in files}
     grams = grams_of(texts, GRAM_WORDS)
     if not grams.files:
         raise ValueError(

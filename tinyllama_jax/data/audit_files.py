@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import json
 import pathlib
@@ -10,9 +11,11 @@ import re
 from collections.abc import Sequence
 
 from tinyllama_jax.data.pages import MANIFEST_FILE, DamagedDataError, Manifest, read_manifest
+from tinyllama_jax.data.prepared import SUBSETS, read_subsets
 from tinyllama_jax.findings import Finding
 
 CHUNK = re.compile(r"(.*)_(\d+)\.bin")
+_MOST_NUMBERS = 1_000_000
 NAMES = 4  # that a line gives of many
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -54,39 +57,78 @@ def structure(split: pathlib.Path, manifest: Manifest) -> list[Finding]:
     return findings
 
 
-def unfinished(directory: pathlib.Path) -> list[Finding]:
-    """Records of units tell of shards that no manifest lists, or are not all there."""
+def corpus_of(split: pathlib.Path) -> pathlib.Path:
+    """The prepared directory of a source that a split belongs to; itself, where there is none."""
+    for directory in (split.parent, split.parent.parent):
+        if (directory / "source.json").is_file():
+            return directory
+    return split.parent
+
+
+def unfinished(corpus: pathlib.Path) -> list[Finding]:
+    """What records of units, manifests and the list of subsets say of each other."""
+    records = {int(path.stem): _record(path) for path in sorted(corpus.glob("units/*.json"))}
     findings = []
-    for units in sorted({path.parent for path in directory.rglob("units/*.json")}):
-        source = units.parent
-        numbers = sorted(int(path.stem) for path in units.glob("*.json") if path.stem.isdecimal())
-        if holes := sorted(set(range(numbers[-1] + 1 if numbers else 0)) - set(numbers)):
-            findings.append(
-                Finding(source.name, f"units {some(map(str, holes))} have no record: their inputs "
-                        "are not in the corpus", "problem")
-            )  # fmt: skip
-        places = {(place, entry["file"]) for number in numbers for place, entry in
-                  _shards_of(units / f"{number:05d}.json").items()}  # fmt: skip
-        listed = set()
-        for path in source.rglob(MANIFEST_FILE):
-            try:
-                place = path.parent.relative_to(source).as_posix()
-                listed |= {(place, shard.file) for shard in read_manifest(path.parent).shards}
-            except (ValueError, DamagedDataError):
-                continue  # told already
-        if lost := sorted(places - listed):
-            names = some("/".join(part) for part in lost)
-            findings.append(
-                Finding(source.name, f"shards were written but no manifest lists them: {names}; "
-                        "prepare to the end", "problem")
-            )  # fmt: skip
+
+    def wrong(text: str) -> None:
+        findings.append(Finding(corpus.name, text, "problem"))
+
+    if holes := sorted(set(range(max(records, default=-1) + 1)) - records.keys()):
+        wrong(f"units {some(map(str, holes))} have no record: prepare to the end, or again")
+    read = sum(len(record.get("inputs", ())) for record in records.values())
+    there = _source(corpus).get("inputs")
+    if records and there is not None and read != there:
+        wrong(f"records tell of {read:,} inputs of {there:,}: units are missing, or there twice")
+    written = {
+        (place, entry["file"])
+        for record in records.values()
+        for place, entry in record.get("shards", {}).items()
+    }
+    listed = set()
+    for path in corpus.rglob(MANIFEST_FILE):
+        place = path.parent.relative_to(corpus).as_posix()
+        with contextlib.suppress(ValueError, DamagedDataError):  # told already
+            listed |= {(place, shard.file) for shard in read_manifest(path.parent).shards}
+    for shards, text in (
+        (written - listed, "shards were written but no manifest lists them"),
+        (
+            listed - written if records else set(),
+            "manifests list shards that no unit has a record of",
+        ),
+    ):
+        if shards:
+            wrong(f"{text}: {some(sorted('/'.join(part) for part in shards))}; prepare to the end")
+    if _source(corpus).get("subset_key"):
+        subsets = {path.parent.parent.name for path in corpus.glob(f"*/train/{MANIFEST_FILE}")}
+        try:
+            told = set(read_subsets(corpus))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wrong(f"{SUBSETS} is missing or damaged ({error!r}): prepare to the end")
+        else:
+            if told != subsets:
+                wrong(
+                    f"{SUBSETS} lists {some(sorted(told))}, but there are {some(sorted(subsets))}"
+                )
+    if left := sorted(path.name for path in corpus.glob("units/*.work")):
+        findings.append(
+            Finding(corpus.name, f"work that was begun and not ended lies in units/: {some(left)}; "
+                    "remove it when nobody prepares", "warning")
+        )  # fmt: skip
     return findings
 
 
-def _shards_of(record: pathlib.Path) -> dict:
+def _record(path: pathlib.Path) -> dict:
     try:
-        return dict(json.loads(record.read_bytes())["shards"])
-    except (ValueError, KeyError, TypeError):
+        tree = json.loads(path.read_bytes())
+        return tree if isinstance(tree, dict) else {}
+    except ValueError:
+        return {}
+
+
+def _source(corpus: pathlib.Path) -> dict:
+    try:
+        return dict(json.loads((corpus / "source.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -96,11 +138,15 @@ def gaps(chunks: Sequence[pathlib.Path]) -> list[Finding]:
     for path in chunks:
         if numbered := CHUNK.fullmatch(str(path)):
             numbers[numbered[1]].add(int(numbered[2]))
-    missing = [
-        f"{pathlib.Path(prefix).name}_{number:010d}.bin"
-        for prefix, found in numbers.items()
-        for number in sorted(set(range(max(found))) - found)
-    ]
+    missing = []
+    for prefix, found in numbers.items():
+        if (
+            max(found) >= 2 * len(found) + _MOST_NUMBERS
+        ):  # a date, or something else that counts not
+            continue
+        name = pathlib.Path(prefix).name
+        lost = sorted(set(range(max(found))) - found)
+        missing += [f"{name}_{number:010d}.bin" for number in lost]
     if not missing:
         return []
     return [Finding("chunks", f"{len(missing)} are missing: {some(missing)}", "problem")]

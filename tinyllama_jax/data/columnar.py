@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinyllama_jax.data.formats import (
-    PIECE_BYTES,
     ROWS_PER_BATCH,
     Advance,
     Keys,
@@ -28,7 +27,7 @@ def read_parquet(path: str, keys: Keys, repaired: Repaired, advance: Advance) ->
     with _telling_of_damage(path, "parquet"), pyarrow.parquet.ParquetFile(path) as file:
         _require_columns(path, file.schema_arrow, keys)
         rows = file.metadata.num_rows
-        batches = file.iter_batches(_rows_at_once(file, keys), columns=_columns(keys))
+        batches = file.iter_batches(ROWS_PER_BATCH, columns=_columns(keys))
         yield from _of_batches(path, batches, rows, keys, repaired, advance)
 
 
@@ -74,17 +73,6 @@ def _of_batches(
             yield Record(number, as_text(text, where, keys.text, repaired), subset)
             number += 1
         advance(size * len(batch) // max(rows, 1))
-
-
-def _rows_at_once(file: Any, keys: Keys) -> int:
-    """As many rows as have a moderate size: a batch of books is not to fill the memory."""
-    schema, largest = file.metadata.schema, 1.0
-    for number in range(len(schema)):  # every leaf; the text is a column without any below it
-        if schema.column(number).path == keys.text:
-            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-            sizes = [g.column(number).total_uncompressed_size / max(1, g.num_rows) for g in groups]
-            largest = max([largest, *sizes])
-    return max(1, min(ROWS_PER_BATCH, int(PIECE_BYTES / largest)))
 
 
 def _columns(keys: Keys) -> list[str]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import json
 from collections.abc import Sequence
 
 from tinyllama_jax.config import DataConfig, SourceConfig
 from tinyllama_jax.config_rules import chosen_subsets
 from tinyllama_jax.data.pages import DamagedDataError, Manifest, verify_shard, write_manifest
-from tinyllama_jax.data.prepared import SUBSETS, Plan
+from tinyllama_jax.data.prepared import Plan, write_subsets
 from tinyllama_jax.data.sources import Tally
 from tinyllama_jax.data.units import SPLITS, UnitRecord, discard, place_of, read_record
-from tinyllama_jax.durable import write_durably
 from tinyllama_jax.text.tokenizer import Tokenizer
 
 
@@ -113,8 +111,8 @@ def write_manifests(plan: Plan, data: DataConfig, tokenizer: Tokenizer) -> None:
     for place, manifest in manifests.items():
         (plan.directory / place).mkdir(parents=True, exist_ok=True)
         write_manifest(plan.directory / place, manifest)
-    if plan.source.subset_key:  # the last: what lists them is there when they are
-        write_durably(plan.directory / SUBSETS, json.dumps(subsets, indent=1).encode())
+    if plan.source.subset_key:
+        write_subsets(plan.directory, subsets)
 
 
 def _report_unknown_subsets(source: SourceConfig, subsets: Sequence[str], tally: Tally) -> None:

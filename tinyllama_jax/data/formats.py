@@ -33,7 +33,7 @@ class Record(NamedTuple):
 
 
 _CHUNK_BYTES = 1 << 20
-ROWS_PER_BATCH = 256
+ROWS_PER_BATCH = 16  # of whatever size: a batch of books is not to fill the memory
 _PACKED_BYTES = 1 << 12
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -59,7 +59,10 @@ def read_text(path: str, separator: str, repaired: Repaired, advance: Advance) -
     for part, ends in _split(content, separator.encode(), PIECE_BYTES):
         if number and begins:
             part = part.removeprefix(b"\n")
-        yield Record(number, _decode(part.removesuffix(b"\n") if ends else part, repaired))
+        if ends:
+            part = part.removesuffix(b"\n")
+        if part or begins:  # else the line end of the separator is all that was left
+            yield Record(number, _decode(part, repaired))
         if begins and not ends:
             repaired[_IN_PIECES] += 1
         number, begins = number + ends, ends
@@ -158,13 +161,15 @@ def _tfds_source(name: str) -> Any:
 
 
 def as_text(value: Any, where: str, text_key: str, repaired: Repaired) -> str:
-    if isinstance(value, bytes):
-        return _decode(value, repaired)
     if value is None:
         return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str | bytes):
         raise no_text(where, text_key, type(value).__name__)
-    return value
+    if len(value) > _LONGEST_LINE:
+        raise ValueError(
+            f"{where}: a text of {len(value) >> 20} MiB, which no document has; leave it out"
+        )
+    return _decode(value, repaired) if isinstance(value, bytes) else value
 
 
 def no_text(where: str, text_key: str, kind: str) -> ValueError:
@@ -211,7 +216,11 @@ def _split(chunks: Iterator[bytes], separator: bytes, longest: int) -> Iterator[
         size += len(parts[-1])
         if size > longest:
             piece, rest = _cut(parts)
-            yield piece, False
+            # A line end may belong to the separator behind it, which is not here yet.
+            if piece.endswith(b"\n"):
+                piece, rest = piece[:-1], b"\n" + rest
+            if piece:
+                yield piece, False
             parts, size = [rest], len(rest)
     if last := b"".join([*parts, held]):
         yield last, True
@@ -290,9 +299,9 @@ def _chunks(path: str, advance: Advance) -> Iterator[bytes]:
         stored = iter(lambda: _read_chunk(file, advance), b"")
         ending = pathlib.Path(path).suffix.lower()
         if ending == ".zst":
-            yield from _decompressed(path, stored, _new_zstd)
+            yield from _in_chunks(_decompressed(path, stored, _new_zstd))
         elif ending == ".gz":
-            yield from _decompressed(path, stored, _new_gzip)
+            yield from _in_chunks(_decompressed(path, stored, _new_gzip))
         else:
             yield from stored
 
@@ -311,6 +320,12 @@ def _new_zstd() -> Any:
 
 def _new_gzip() -> Any:
     return zlib.decompressobj(wbits=31)
+
+
+def _in_chunks(unpacked: Iterator[bytes]) -> Iterator[bytes]:
+    """What was unpacked, no more at a time than is read of a plain file."""
+    for content in unpacked:
+        yield from (content[at : at + _CHUNK_BYTES] for at in range(0, len(content), _CHUNK_BYTES))
 
 
 def _small(stored: Iterator[bytes]) -> Iterator[bytes]:

@@ -22,6 +22,7 @@ MAGIC = b"LITPKDS"
 _HEADER = struct.Struct("<7sQBQ")  # magic, version, code of the type, ids per chunk
 _VERSION = 1
 _TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_LONGEST_DOCUMENT = 1 << 26  # ids; four bytes of text each
 _NUMBERED = re.compile(r"(.*_)(\d+)\.bin")
 
 
@@ -82,9 +83,15 @@ def filling(ids: np.ndarray, bos_id: int) -> int:
 
 
 def read_documents(
-    paths: Sequence[str], bos_id: int, eos_id: int, chunk_read: Callable[[int, int], None]
+    paths: Sequence[str],
+    bos_id: int,
+    eos_id: int,
+    chunk_read: Callable[[int, int], None],
+    *,
+    before: str = "",
+    after: Sequence[str] = (),
 ) -> Iterator[PackedDocument]:
-    """Yields the documents of chunks in order, without boundary marks and filling.
+    """Yields the documents that begin in chunks, in order, without boundary marks and filling.
 
     An empty document, two BOS in a row, is given with no ids.
 
@@ -92,43 +99,79 @@ def read_documents(
       paths: the chunks; those that follow each other in number are one sequence.
       bos_id, eos_id: of the tokenizer that packed them.
       chunk_read: told of each chunk's place in `paths` and of the filling that was cut off.
+      before: the chunk before the first: what goes on from there is left to whoever reads that.
+      after: chunks behind the last, in which its last document may go on.
 
     Raises:
-      ValueError: from `read_chunk`.
+      ValueError: from `read_chunk`; or there is no BOS where one must be, so that they were packed
+        with another tokenizer.
     """
     open_document: PackedDocument | None = None  # goes on in the next chunk
+    parts: list[np.ndarray] = []  # of it
+
+    def close() -> Iterator[PackedDocument]:
+        nonlocal open_document
+        if open_document is not None:
+            ids = np.concatenate(parts)
+            if len(ids) and ids[-1] == eos_id:  # some packers wrote EOS too
+                ids = ids[:-1]
+            yield open_document._replace(ids=ids)
+        open_document = None
+        parts.clear()
+
     for place, path in enumerate(paths):
         ids = read_chunk(path)
         filled = filling(ids, bos_id)
         ids = np.array(ids[: len(ids) - filled])
         starts = np.flatnonzero(ids == bos_id)
-        if open_document is not None and not (place and _follows(paths[place - 1], path)):
-            yield _closed(open_document, eos_id)
-            open_document = None
+        previous = paths[place - 1] if place else before
+        goes_on = bool(previous) and _follows(previous, path)
+        if not goes_on:
+            yield from close()
+            _require_beginning(path, ids, bos_id)
         rest = ids[: starts[0] if len(starts) else len(ids)]
-        if open_document is not None:
-            both = np.concatenate([open_document.ids, rest])
-            open_document = open_document._replace(ids=both)
-        elif len(rest):
+        if open_document is None and len(rest) and not (goes_on and not place):
             open_document = PackedDocument(place, 0, rest, begins=False)
+        if open_document is not None:
+            parts.append(rest)
+            if sum(map(len, parts)) > _LONGEST_DOCUMENT:
+                raise _no_such_document(path, bos_id)
         records = range(int(len(rest) > 0), len(starts) + 1)
         for record, start, end in zip(records, starts, [*starts[1:], len(ids)], strict=False):
-            if open_document is not None:
-                yield _closed(open_document, eos_id)
-            open_document = PackedDocument(place, record, ids[start + 1 : end], begins=True)
-        if filled and open_document is not None:
-            yield _closed(open_document, eos_id)
-            open_document = None
+            yield from close()
+            open_document = PackedDocument(place, record, ids[:0], begins=True)
+            parts.append(ids[start + 1 : end])
+        if filled:
+            yield from close()
         chunk_read(place, filled)
-    if open_document is not None:
-        yield _closed(open_document, eos_id)
+    last = paths[-1]
+    for path in after:
+        if open_document is None or not _follows(last, path):
+            break
+        ids, last = read_chunk(path), path
+        starts = np.flatnonzero(ids == bos_id)
+        parts.append(np.array(ids[: starts[0] if len(starts) else len(ids)]))
+        if sum(map(len, parts)) > _LONGEST_DOCUMENT:
+            raise _no_such_document(path, bos_id)
+        if len(starts):
+            break
+    yield from close()
 
 
-def _closed(document: PackedDocument, eos_id: int) -> PackedDocument:
-    """Some packers wrote EOS too."""
-    if len(document.ids) and document.ids[-1] == eos_id:
-        return document._replace(ids=document.ids[:-1])
-    return document
+def _require_beginning(path: str, ids: np.ndarray, bos_id: int) -> None:
+    numbered = _NUMBERED.fullmatch(path)
+    if numbered and not int(numbered[2]) and len(ids) and ids[0] != bos_id:
+        raise ValueError(
+            f"{path} is the first chunk of its packer, but begins with id {ids[0]} in place of BOS "
+            f"({bos_id}): it was packed with another tokenizer than data.tokenizer, or without BOS"
+        )
+
+
+def _no_such_document(path: str, bos_id: int) -> ValueError:
+    return ValueError(
+        f"{path} and the chunks before it hold {_LONGEST_DOCUMENT:,} ids without BOS ({bos_id}), "
+        f"which no document has: they were packed with another tokenizer than data.tokenizer"
+    )
 
 
 def _follows(path: str, next_path: str) -> bool:

@@ -93,7 +93,10 @@ def prepare_part(data: DataConfig, part: int, parts: int, *, workers: int = 0) -
         )
     tokenizer, plans = _plans(data)
     unfinished = _begun(plans)
-    own = [unit for plan in unfinished for unit in plan.units][part::parts]
+    # Numbered over all, so that it does not matter which are finished when a part begins.
+    own = [unit for plan in plans for unit in plan.units][part::parts]
+    begun = {str(plan.directory) for plan in unfinished}
+    own = [unit for unit in own if unit.directory in begun]
     waiting = [unit for unit in own if read_record(unit) is None]
     _run(waiting, own, tokenizer, workers or available_cores(), run_units)
     return len(waiting)
@@ -113,6 +116,8 @@ def finish_sources(data: DataConfig, *, workers: int = 0) -> dict[str, pathlib.P
         verify_units(plan, workers or available_cores())
     for plan in _begun(plans):
         write_manifests(plan, data, tokenizer)
+    for plan in plans:
+        remove_abandoned_work(plan.directory, of_all_hosts=True)
     return _all_streams(plans)
 
 

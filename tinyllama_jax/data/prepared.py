@@ -27,10 +27,12 @@ from tinyllama_jax.config import DataConfig, SourceConfig
 from tinyllama_jax.data.pages import DamagedDataError, read_manifest
 from tinyllama_jax.data.sources import Input, MissingTextError, list_inputs
 from tinyllama_jax.data.units import SPLITS, Unit, group_inputs, shard_is_there
+from tinyllama_jax.durable import write_durably
 from tinyllama_jax.text.tokenizer import Tokenizer
 
 SUBSETS = "subsets.json"
 _VERSION = 2  # of the way from raw text to bytes
+_CHUNKS_BEHIND = 64
 _HASH_CONTENT_BYTES = 64 << 20  # corpora up to this size are known by their content
 
 
@@ -55,11 +57,17 @@ def plan_of(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> Pla
     digest = hashlib.sha256(json.dumps(identity, indent=1).encode()).hexdigest()
     description = json.dumps(identity | {"path": source.path}, indent=1)
     directory = pathlib.Path(data.prepared).expanduser() / f"{source.name}-{digest[:12]}"
-    units = tuple(
-        Unit(index, source, group, data.boundary, str(directory))
-        for index, group in enumerate(group_inputs(inputs))
-    )
-    return Plan(source, directory, description, units, inputs)
+    units = []
+    done = 0
+    for index, group in enumerate(group_inputs(inputs)):
+        end = done + len(group)
+        # A document that a unit's last chunk of ids leaves open goes on behind it.
+        packed = group[0].format == "litpkds"
+        before = inputs[done - 1].path if packed and done else ""
+        after = tuple(entry.path for entry in inputs[end : end + _CHUNKS_BEHIND] if packed)
+        units.append(Unit(index, source, group, data.boundary, str(directory), before, after))
+        done = end
+    return Plan(source, directory, description, tuple(units), inputs)
 
 
 def is_prepared(source: SourceConfig, directory: pathlib.Path) -> bool:
@@ -80,10 +88,28 @@ def streams_of(source: SourceConfig, directory: pathlib.Path) -> dict[str, pathl
     if not source.subset_key:
         return {source.name: directory}
     try:
-        subsets = json.loads((directory / SUBSETS).read_bytes())
-        return {f"{source.name}.{subset}": directory / subset for subset in subsets}
-    except (ValueError, TypeError) as error:
-        raise DamagedDataError(f"{directory / SUBSETS} is damaged: {error}") from error
+        subsets = read_subsets(directory)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedDataError(f"{directory / SUBSETS} is damaged: {error!r}") from error
+    return {f"{source.name}.{subset}": directory / subset for subset in subsets}
+
+
+def write_subsets(directory: pathlib.Path, subsets: Sequence[str]) -> None:
+    """Lists the subsets of a source: the last file, as what it lists is there."""
+    tree = {"subsets": list(subsets), "checksum": _checksum(subsets)}
+    write_durably(directory / SUBSETS, json.dumps(tree, indent=1).encode())
+
+
+def read_subsets(directory: pathlib.Path) -> list[str]:
+    """What `write_subsets` wrote; raises ValueError, KeyError or TypeError where it is not that."""
+    tree = json.loads((directory / SUBSETS).read_bytes())
+    if tree["checksum"] != _checksum(tree["subsets"]):
+        raise ValueError("its checksum does not match")
+    return tree["subsets"]
+
+
+def _checksum(subsets: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(subsets)).encode()).hexdigest()
 
 
 def _prepared_before(

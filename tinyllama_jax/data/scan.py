@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import multiprocessing
 import pathlib
@@ -55,7 +54,7 @@ class Scan:
       hashes: uint64 of each whole document's ids, without boundary marks.
       sha256: of each part's file.
       filled, filling: chunks that were filled up with BOS, and ids of it.
-      eos: how often EOS occurs.
+      ended: documents of chunks that end with EOS.
       bos_runs: places where BOS stands beside BOS, filling aside.
       encoded, encoded_alike: documents that were decoded and encoded again, and those that gave the
         same ids.
@@ -72,14 +71,14 @@ class Scan:
     filled: int = 0
     filling: int = 0
     bos_runs: int = 0
-    eos: int = 0
+    ended: int = 0
     encoded: int = 0
     encoded_alike: int = 0
     contaminated: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     damage: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: Scan) -> None:
-        for name in ("bytes", "documents", "tokens", "filled", "filling", "bos_runs", "eos",
+        for name in ("bytes", "documents", "tokens", "filled", "filling", "bos_runs", "ended",
                      "encoded", "encoded_alike"):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         size = max(len(self.token_counts), len(other.token_counts))
@@ -127,13 +126,14 @@ class Scanner:
         return found
 
     def _scan_shard(self, part: Part, found: Scan) -> None:
-        stream = _stream(part.directory)
+        stream = Stream(pathlib.Path(part.directory), shard=part.shard)  # whatever others are like
         manifest = stream.manifest
-        entry = manifest.shards[part.shard]
+        (entry,) = manifest.shards
         verify_shard(pathlib.Path(part.path), entry)
         found.sha256[part.path] = entry.sha256
         before, after = int("bos" in manifest.boundary), int("eos" in manifest.boundary)
-        for ids, documents in stream.document_blocks(part.shard):
+        misplaced = {"BOS": 0, "EOS": 0}
+        for ids, documents in stream.document_blocks(0):
             ends = np.cumsum(documents["tokens"], dtype=np.int64)
             starts = ends - documents["tokens"]
             self._count(found, ids)
@@ -141,13 +141,16 @@ class Scanner:
                 ("BOS", manifest.bos_id, starts if before else starts[:0]),
                 ("EOS", manifest.eos_id, ends - 1 if after else ends[:0]),
             ):
-                places = np.flatnonzero(ids == token_id)
-                if token_id >= 0 and not np.array_equal(places, marks):
-                    found.damage.append(
-                        f"{part.path}: {len(places)} {what} in {len(starts)} documents are not "
-                        f'where data.boundary = "{manifest.boundary}" puts them'
-                    )
+                if token_id >= 0:
+                    places = np.flatnonzero(ids == token_id)
+                    misplaced[what] += len(np.setxor1d(places, marks, assume_unique=True))
             self._look_at(found, ids, starts + before, ends - after)
+        for what, count in misplaced.items():
+            if count:
+                found.damage.append(
+                    f"{part.path}: {what} is missing or too much at {count:,} places; it is not "
+                    f'where data.boundary = "{manifest.boundary}" puts it'
+                )
 
     def _scan_chunk(self, part: Part, found: Scan) -> None:
         ids = litpkds.read_chunk(part.path)
@@ -159,12 +162,12 @@ class Scanner:
         kept = np.array(ids[: len(ids) - filling], np.int32)
         starts = np.flatnonzero(kept == self._bos_id)
         found.bos_runs += int((np.diff(starts) == 1).sum())
-        found.eos += int((kept == self._eos_id).sum())
         self._count(found, kept)
         # The last one may go on in the next chunk, if nothing shows that it ends here.
         ends = np.append(starts[1:], len(kept))
         ended = filling or (len(kept) and kept[-1] == self._eos_id)
         whole = len(starts) - (0 if ended else 1)
+        found.ended += int((kept[ends[: max(whole, 0)] - 1] == self._eos_id).sum())
         self._look_at(found, kept, starts[:whole] + 1, ends[:whole])
         found.documents += len(starts) - max(whole, 0)
 
@@ -252,11 +255,6 @@ def _encodes_alike(tokenizer: Tokenizer, ids: np.ndarray) -> bool:
         return False
     whole = max(1, len(ids) - 8)
     return again[:whole] == ids[:whole].tolist()
-
-
-@functools.lru_cache(maxsize=2)
-def _stream(directory: str) -> Stream:
-    return Stream(pathlib.Path(directory))
 
 
 _scanner: Scanner

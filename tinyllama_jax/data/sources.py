@@ -106,6 +106,8 @@ def list_inputs(source: SourceConfig) -> tuple[Input, ...]:
       ValueError: there is no data, or of several formats, or a file is a Git-LFS pointer.
     """
     if source.format == "embedded":
+        if source.subset_key:
+            raise ValueError(f"data.sources.{source.name}: the embedded corpus has no subsets")
         return _embedded_inputs(source)
     if source.format == "tfds" or source.path.startswith(_TFDS):
         return _tfds_inputs(source)
@@ -127,6 +129,12 @@ def list_inputs(source: SourceConfig) -> tuple[Input, ...]:
             )
     for entry in inputs:
         _refuse_lfs_pointer(entry)
+    if source.subset_key not in ("", DIRECTORY) and inputs[0].format in ("litpkds", "text"):
+        raise ValueError(
+            f'data.sources.{source.name}.subset_key = "{source.subset_key}", but files of format '
+            f'{inputs[0].format} have no keys: set it to "{DIRECTORY}", or make each subset a '
+            f"source of its own, by a glob"
+        )
     if source.subset_key and inputs[0].format == "litpkds":
         raise ValueError(
             f'data.sources.{source.name}.subset_key = "{source.subset_key}", but chunks of ids '
@@ -164,7 +172,7 @@ def read_documents(source: SourceConfig, entry: Input, tally: Tally) -> Iterator
         if (subset in names) == left_out:
             tally.skipped[f"documents of the subset {subset}"] += 1
             continue
-        if subset and not _SUBSET_NAME.fullmatch(subset):
+        if source.subset_key and not _SUBSET_NAME.fullmatch(subset):
             raise ValueError(
                 f"{entry.path}, record {record}: {source.subset_key} is {subset!r}, which cannot "
                 f"name a directory and a metric; set subset_key to what tells subsets apart"
@@ -272,6 +280,8 @@ def _find_files(source: SourceConfig) -> tuple[pathlib.Path, list[pathlib.Path]]
     else:
         raise MissingTextError(f"{where} does not exist; set it to a file, a directory or a glob")
     files = [f for f in found if f.is_file() and not _hidden(f.relative_to(root))]
+    # What Hugging Face's `map` and `shuffle` leave beside the data they were made from.
+    files = [f for f in files if not (f.name.startswith("cache-") and f.suffix == ".arrow")]
     if not files:
         kind = "holds no files" if path.is_dir() else "matches no files"
         raise MissingTextError(f"{where} {kind}: there is nothing to read")

@@ -195,15 +195,25 @@ class Stream:
     Args:
       directory: one split of one source, as `prepare` wrote it.
       readers: the open shards it shares with other streams; none: its own.
+      shard: the place of one shard in the manifest, which then is all; None: all of them.
 
     Raises:
       FileNotFoundError, DamagedDataError, ValueError: from `read_manifest`.
       DamagedDataError: a shard is missing or has another size than the manifest says.
     """
 
-    def __init__(self, directory: pathlib.Path, readers: ShardReaders | None = None):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        readers: ShardReaders | None = None,
+        *,
+        shard: int | None = None,
+    ):
         self.directory = pathlib.Path(directory)
         self.manifest: Manifest = read_manifest(self.directory)
+        if shard is not None:
+            one = (self.manifest.shards[shard],)
+            self.manifest = dataclasses.replace(self.manifest, shards=one)
         self._readers = readers or ShardReaders()
         self._dtype = page_dtype(self.manifest.vocab_size)
         self._paths = [self.directory / shard.file for shard in self.manifest.shards]
@@ -212,8 +222,8 @@ class Stream:
         self._document_indexes: collections.OrderedDict[int, tuple[np.ndarray, np.ndarray]] = (
             collections.OrderedDict()
         )
-        for path, shard in zip(self._paths, self.manifest.shards, strict=True):
-            _check_size(path, shard)
+        for path, entry in zip(self._paths, self.manifest.shards, strict=True):
+            _check_size(path, entry)
 
     @property
     def num_tokens(self) -> int:

@@ -5,6 +5,9 @@
 reads `DOWNLOADS/SlimPajama-627B/{train,validation,test}` or `DOWNLOADS/starcoderdata`, as they are
 published. Afterwards, with this module imported, `tfds.data_source("tinyllama_slim_pajama")` gives
 their records, and `tfds:tinyllama_slim_pajama` is a path of a source.
+
+TFDS holds up to 1 GB of a split in memory while it writes, and needs TensorFlow beyond that: build
+parts of that size, and prepare the whole from the published files, which needs none of this.
 """
 
 from __future__ import annotations
@@ -100,6 +103,7 @@ class TinyllamaStarcoder(_FromDownloads):
         return {"train": self._generate_examples(self._directory(dl_manager))}
 
     def _generate_examples(self, directory: pathlib.Path) -> Iterator[tuple[str, dict]]:
+        import pyarrow
         import pyarrow.parquet
 
         source = SourceConfig(name=self.name, path=str(directory), format="parquet")
@@ -109,8 +113,15 @@ class TinyllamaStarcoder(_FromDownloads):
                 # Issues, commits and notebooks lack some of them.
                 columns = [name for name in self.COLUMNS if name in file.schema_arrow.names]
                 for batch in file.iter_batches(_ROWS_PER_BATCH, columns=columns):
-                    for row in batch.to_pylist():
-                        values = {name: str(row.get(name) or "") for name in self.COLUMNS}
+                    # As bytes: pyarrow does not check that strings are UTF-8.
+                    texts = batch.cast(
+                        pyarrow.schema([(name, pyarrow.large_binary()) for name in columns])
+                    )
+                    for row in texts.to_pylist():
+                        values = {
+                            name: (row.get(name) or b"").decode(errors="replace")
+                            for name in self.COLUMNS
+                        }
                         yield f"{entry.name}:{number}", {**values, "language": language}
                         number += 1
 

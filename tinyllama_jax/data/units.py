@@ -53,6 +53,8 @@ class Unit:
     inputs: tuple[Input, ...]
     boundary: str  # bos+eos, bos, eos
     directory: str  # the prepared directory of the source
+    before: str = ""  # of chunks of ids: the path of the input before the first
+    after: tuple[str, ...] = ()  # and of some behind the last
 
     @property
     def bytes(self) -> int:
@@ -209,9 +211,13 @@ def shard_is_there(directory: pathlib.Path, entry: ShardEntry) -> bool:
         return False
 
 
-def remove_abandoned_work(directory: pathlib.Path) -> None:
-    """Removes what processes of this host that are gone left unfinished."""
-    for work in (directory / _RECORDS).glob(f"*.{socket.gethostname()}.*{_WORK_SUFFIX}"):
+def remove_abandoned_work(directory: pathlib.Path, *, of_all_hosts: bool = False) -> None:
+    """Removes what processes of this host that are gone left unfinished.
+
+    `of_all_hosts`: of others too, when nothing is left to be done.
+    """
+    host = "*" if of_all_hosts else socket.gethostname()
+    for work in (directory / _RECORDS).glob(f"*.{host}.*{_WORK_SUFFIX}"):
         with contextlib.suppress(OSError), _locked(work):  # in use, or gone already
             shutil.rmtree(work)
 
@@ -298,11 +304,11 @@ def _packed(unit: Unit, tokenizer: Tokenizer, tally: Tally) -> Iterator[_Encoded
 
     paths = [entry.path for entry in unit.inputs]
     for chunk, record, ids, begins in litpkds.read_documents(
-        paths, tokenizer.bos_id, tokenizer.eos_id, chunk_read
+        paths, tokenizer.bos_id, tokenizer.eos_id, chunk_read, before=unit.before, after=unit.after
     ):
         tally.documents += 1
         if not begins:
-            tally.repaired["documents whose beginning is in another unit, or lost"] += 1
+            tally.repaired["documents whose beginning is lost"] += 1
         held_out = is_held_out(ids.astype("<u4").tobytes(), unit.source.validation_fraction)
         yield _Encoded(unit.inputs[chunk].name, record, _split(held_out), ids)
 
