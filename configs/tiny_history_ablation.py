@@ -21,9 +21,9 @@ def get_config(which: str = "published"):
     config.data.sources.text = source(format="embedded", path="text")
     config.data.seq_len = 64
     config.optimizer.update(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=20)
-    config.training.update(train_tokens=1024 * 300, global_batch_tokens=1024, micro_batch_size=16)
-    config.evaluation.update(every_steps=100, tokens=16_384)
-    config.checkpoint.every_steps = 150
+    config.training.update(train_tokens=1024 * 200, global_batch_tokens=1024, micro_batch_size=16)
+    config.evaluation.update(every_steps=50, tokens=16_384)
+    config.checkpoint.every_steps = 100
     config.logging.every_steps = 5
     if which == "published":
         # Documents do not end, and the learning rate does not fall; data/history.py does the rest.
