@@ -1,9 +1,8 @@
 """TinyLlama's published data defects at tiny size, beside the same run without them.
 
-Command:   python -m tinyllama_jax.data.history --config=configs/tiny_history_ablation.py
-           python -m tinyllama_jax.train --config=configs/tiny_history_ablation.py
-           python -m tinyllama_jax.train --config=configs/tiny_history_ablation.py:mended
-               --workdir=runs/mended
+Command:   python -m tinyllama_jax.train --config=configs/tiny_history_ablation.py
+               after python -m tinyllama_jax.data.history with the same --config;
+               with :mended behind the file's name, the run without the defects
 Hardware:  1 CPU core; notebooks/history.ipynb does it all and shows the difference
 """
 
