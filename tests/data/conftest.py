@@ -59,3 +59,13 @@ def write_split():
 def make_documents():
     """`make_documents(seed, tokens)`: random documents of so many ids in all."""
     return _documents
+
+
+@pytest.fixture(scope="module")
+def one_file_each():
+    """Units of one file, however small it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "tinyllama_jax.data.prepared.group_inputs", lambda inputs: ((one,) for one in inputs)
+        )
+        yield

@@ -25,16 +25,9 @@ from tinyllama_jax.data.scan import files_met, grams_of
 from tinyllama_jax.data.stream import Stream
 from tinyllama_jax.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_file_each")
 TOKENIZER = Tokenizer()
 S = 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_file_each():
-    """Units of one file, however small it is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinyllama_jax.data.prepared.group_inputs", lambda inputs: zip(inputs))
-        yield
 
 
 @pytest.fixture(scope="module")

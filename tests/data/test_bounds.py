@@ -60,6 +60,18 @@ def test_a_long_one_among_separated_documents(tmp_path, short):
     assert tally.repaired == {"documents given in pieces of 64 MiB": 1}
 
 
+@pytest.mark.parametrize("begin", ["a\n", "\n", ""])
+def test_a_long_stretch_without_a_line_end_comes_in_pieces_too(tmp_path, short, begin):
+    """Also behind a line end, which is kept back: it may belong to the separator."""
+    text = begin + "x" * 20_000
+    (tmp_path / "a.txt").write_text(text)
+    found, _ = read(tmp_path / "a.txt", separator="<|end|>")
+    assert "".join(document.text for document in found) == text
+    assert (
+        len(found) > 3 and max(len(document.text) for document in found) <= 7_000
+    )  # and two chunks
+
+
 def test_a_line_that_no_document_has(tmp_path, short):
     good, long = json.dumps({"text": "good"}), json.dumps({"text": "x" * 9000})
     (tmp_path / "a.jsonl").write_text(f"{good}\n{long}\n{good}\n")
@@ -68,20 +80,24 @@ def test_a_line_that_no_document_has(tmp_path, short):
 
 
 MEASURED = """
-    import resource, sys
+    import sys
     from tinyllama_jax.config import SourceConfig
     from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    import pyarrow.parquet, zstandard
+    def status(name):
+        lines = open("/proc/self/status").read().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) // 1024
     source = SourceConfig(path=sys.argv[1])
     (entry,) = list_inputs(source)
-    before = peak()
+    # The peak that getrusage tells of begins with what the parent had.
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
     try:
         for document in read_documents(source, entry, Tally()):
             pass
     except ValueError as error:
         print(error)
-    print(peak() - before)
+    print(status("VmHWM") - before)
 """
 
 

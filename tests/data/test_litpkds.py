@@ -110,11 +110,28 @@ def test_a_missing_chunk_parts_a_document(tmp_path):
     assert not rest.begins and rest.ids.tolist() == list(range(62, 90))
 
 
-def test_units_divide_the_chunks_and_not_the_documents(tmp_path, monkeypatch):
-    expected = documents(5, 400)
-    pack(tmp_path / "raw", {"a_0": expected[:250], "a_1": expected[250:]}, chunk_size=60)
-    one_chunk_each = lambda inputs: iter([(entry,) for entry in inputs])  # noqa: E731
-    monkeypatch.setattr("tinyllama_jax.data.prepared.group_inputs", one_chunk_each)
+@pytest.mark.parametrize("chunks_each", [1, 2, 3, 7])
+@pytest.mark.parametrize("chunk_size", [3, 8, 20, 60])
+def test_units_divide_the_chunks_and_not_the_documents(tmp_path, chunks_each, chunk_size):
+    """Documents of up to 70 ids: some go on through whole units."""
+    expected = documents(5, 200)
+    pack(tmp_path, {"a_0": expected[:120], "a_1": expected[120:]}, chunk_size=chunk_size)
+    paths = sorted(map(str, tmp_path.glob("*.bin")))
+    found = []
+    for start in range(0, len(paths), chunks_each):
+        end = start + chunks_each
+        found += litpkds.read_documents(
+            paths[start:end], BOS, EOS, lambda *chunk: None,
+            before=paths[start - 1] if start else "", after=paths[end : end + 64],
+        )  # fmt: skip
+    assert all(document.begins for document in found)
+    nonempty = [document.ids.tolist() for document in found if len(document.ids)]
+    assert nonempty == [document.tolist() for document in expected]
+
+
+def test_prepared_by_units_of_one_chunk_it_is_the_same(tmp_path, one_file_each):
+    expected = documents(5, 150)
+    pack(tmp_path / "raw", {"a_0": expected[:90], "a_1": expected[90:]}, chunk_size=60)
     source = SourceConfig(name="slim", path=str(tmp_path / "raw"), validation_fraction=0.0)
     data = DataConfig(sources=(source,), prepared=str(tmp_path / "p"))
     ids = stream_of(prepare_sources(data, workers=1)["slim"], "train")
@@ -129,7 +146,7 @@ def test_chunks_of_another_tokenizer_are_refused(tmp_path, monkeypatch):
         list(litpkds.read_documents(paths, 5000, EOS, lambda *chunk: None))
     monkeypatch.setattr(litpkds, "_LONGEST_DOCUMENT", 60)
     pack(tmp_path / "long", {"a": [np.arange(3, 200)]}, chunk_size=50)
-    with pytest.raises(ValueError, match="hold 60 ids without BOS"):
+    with pytest.raises(ValueError, match="hold 60 ids, or 64 chunks, without BOS"):
         read(tmp_path / "long")
 
 

@@ -12,15 +12,8 @@ from tinyllama_jax.data.embedded import library_root
 from tinyllama_jax.data.prepare import finish_sources, prepare_part, prepare_sources
 from tinyllama_jax.data.prepared import is_prepared
 
+pytestmark = pytest.mark.usefixtures("one_file_each")
 DOOR = [sys.executable, "-m", "tinyllama_jax.prepare", "--config=configs/tiny_debug.py"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_file_each():
-    """Units of one file, however small it is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinyllama_jax.data.prepared.group_inputs", lambda inputs: zip(inputs))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ def _pieces(chunks: Iterator[bytes], repaired: Repaired) -> Iterator[bytes]:
 def _cut(parts: list[bytes]) -> tuple[bytes, bytes]:
     """What goes up to the last line end, or else the last whole character; and the rest."""
     whole = b"".join(parts)
-    place = whole.rfind(b"\n") + 1
+    place = whole.rfind(b"\n", 1) + 1  # one at the beginning would leave all to the rest
     if not place:
         place = len(whole)
         for back in range(1, min(4, len(whole)) + 1):  # a character has 4 bytes at most

@@ -22,6 +22,7 @@ MAGIC = b"LITPKDS"
 _HEADER = struct.Struct("<7sQBQ")  # magic, version, code of the type, ids per chunk
 _VERSION = 1
 _TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+CHUNKS_BEHIND = 64  # that a unit's last document may go on in
 _LONGEST_DOCUMENT = 1 << 26  # ids; four bytes of text each
 _NUMBERED = re.compile(r"(.*_)(\d+)\.bin")
 
@@ -107,6 +108,7 @@ def read_documents(
         with another tokenizer.
     """
     open_document: PackedDocument | None = None  # goes on in the next chunk
+    left = False  # the rest belongs to a document that whoever reads `before` gives
     parts: list[np.ndarray] = []  # of it
 
     def close() -> Iterator[PackedDocument]:
@@ -126,11 +128,14 @@ def read_documents(
         starts = np.flatnonzero(ids == bos_id)
         previous = paths[place - 1] if place else before
         goes_on = bool(previous) and _follows(previous, path)
+        if not place:
+            # A chunk that was filled up ends its last document, as within a sequence.
+            left = goes_on and not filling(read_chunk(before), bos_id)
         if not goes_on:
             yield from close()
             _require_beginning(path, ids, bos_id)
         rest = ids[: starts[0] if len(starts) else len(ids)]
-        if open_document is None and len(rest) and not (goes_on and not place):
+        if open_document is None and len(rest) and not left:
             open_document = PackedDocument(place, 0, rest, begins=False)
         if open_document is not None:
             parts.append(rest)
@@ -141,6 +146,7 @@ def read_documents(
             yield from close()
             open_document = PackedDocument(place, record, ids[:0], begins=True)
             parts.append(ids[start + 1 : end])
+        left = left and goes_on and not len(starts) and not filled
         if filled:
             yield from close()
         chunk_read(place, filled)
@@ -149,12 +155,17 @@ def read_documents(
         if open_document is None or not _follows(last, path):
             break
         ids, last = read_chunk(path), path
+        filled = filling(ids, bos_id)
+        ids = np.array(ids[: len(ids) - filled])
         starts = np.flatnonzero(ids == bos_id)
-        parts.append(np.array(ids[: starts[0] if len(starts) else len(ids)]))
+        parts.append(ids[: starts[0] if len(starts) else len(ids)])
         if sum(map(len, parts)) > _LONGEST_DOCUMENT:
             raise _no_such_document(path, bos_id)
-        if len(starts):
+        if len(starts) or filled:
             break
+    else:
+        if open_document is not None and len(after) >= CHUNKS_BEHIND:
+            raise _no_such_document(last, bos_id)  # it goes on for longer than is looked
     yield from close()
 
 
@@ -169,8 +180,9 @@ def _require_beginning(path: str, ids: np.ndarray, bos_id: int) -> None:
 
 def _no_such_document(path: str, bos_id: int) -> ValueError:
     return ValueError(
-        f"{path} and the chunks before it hold {_LONGEST_DOCUMENT:,} ids without BOS ({bos_id}), "
-        f"which no document has: they were packed with another tokenizer than data.tokenizer"
+        f"{path} and the chunks before it hold {_LONGEST_DOCUMENT:,} ids, or {CHUNKS_BEHIND} "
+        f"chunks, without BOS ({bos_id}), which no document has: they were packed with another "
+        f"tokenizer than data.tokenizer"
     )
 
 

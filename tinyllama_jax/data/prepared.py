@@ -24,6 +24,7 @@ import pathlib
 from collections.abc import Sequence
 
 from tinyllama_jax.config import DataConfig, SourceConfig
+from tinyllama_jax.data.litpkds import CHUNKS_BEHIND
 from tinyllama_jax.data.pages import DamagedDataError, read_manifest
 from tinyllama_jax.data.sources import Input, MissingTextError, list_inputs
 from tinyllama_jax.data.units import SPLITS, Unit, group_inputs, shard_is_there
@@ -32,7 +33,6 @@ from tinyllama_jax.text.tokenizer import Tokenizer
 
 SUBSETS = "subsets.json"
 _VERSION = 2  # of the way from raw text to bytes
-_CHUNKS_BEHIND = 64
 _HASH_CONTENT_BYTES = 64 << 20  # corpora up to this size are known by their content
 
 
@@ -64,7 +64,7 @@ def plan_of(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> Pla
         # A document that a unit's last chunk of ids leaves open goes on behind it.
         packed = group[0].format == "litpkds"
         before = inputs[done - 1].path if packed and done else ""
-        after = tuple(entry.path for entry in inputs[end : end + _CHUNKS_BEHIND] if packed)
+        after = tuple(entry.path for entry in inputs[end : end + CHUNKS_BEHIND] if packed)
         units.append(Unit(index, source, group, data.boundary, str(directory), before, after))
         done = end
     return Plan(source, directory, description, tuple(units), inputs)
