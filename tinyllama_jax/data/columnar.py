@@ -21,7 +21,7 @@ from tinyllama_jax.data.formats import (
 
 
 def read_parquet(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
-    """Each row, one row group after the other."""
+    """Each row; memory is that of 16 rows, and of a page, which is unpacked whole."""
     import pyarrow.parquet
 
     with _telling_of_damage(path, "parquet"), pyarrow.parquet.ParquetFile(path) as file:
