@@ -154,16 +154,21 @@ class TrainingDataset:
         """The documents that a step sees, row by row."""
         return [self.windows[row.source].documents(row.window) for row in self.rows_at(step)]
 
+    def _counts_at(self, step: int) -> tuple[int, ...]:
+        """How many rows of each source lie before the end of the last step before `step`."""
+        batches = self.batch_number(step - 1) + 1 if step else 0
+        return self._mixture.counts(batches * self.batch_rows)
+
     def tokens_at(self, step: int) -> dict[str, int]:
-        """Tokens that the steps before `step` read from each source."""
-        counts = self._mixture.counts(self.batch_number(step) * self.batch_rows)
+        """Tokens of each source that the steps before `step` read or left out."""
+        counts = self._counts_at(step)
         return {
             name: count * self.seq_len for name, count in zip(self.windows, counts, strict=True)
         }
 
     def epochs_at(self, step: int) -> dict[str, float]:
         """How often the steps before `step` have gone through each source."""
-        counts = self._mixture.counts(self.batch_number(step) * self.batch_rows)
+        counts = self._counts_at(step)
         return {
             name: count / len(windows)
             for (name, windows), count in zip(self.windows.items(), counts, strict=True)
