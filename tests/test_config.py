@@ -12,21 +12,23 @@ import pytest
 from tinyllama_jax.config import (
     Config,
     SourceConfig,
+    StageConfig,
     default_config,
-    differences,
     freeze,
     load_config_file,
     source,
+    stage,
     to_dict,
 )
 from tinyllama_jax.config_rules import validate
 from tinyllama_jax.kernels.attention.api import IMPLEMENTATIONS
 from tinyllama_jax.model.llama import parameter_count
+from tinyllama_jax.runs.directory import differences
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
 # Devices that a config is written for, where that is not one.
-DEVICES = {"tinyllama_1b": 16}
+DEVICES = {"tinyllama_1b": 16, "tinyllama_1b_v1_1": 16}
 
 TINY = load_config_file(str(ROOT / "configs/tiny_debug.py"))
 BOOKS = SourceConfig(name="books", path="books/*.txt")
@@ -95,6 +97,23 @@ def test_tinyllama_1b_is_the_papers_run():
     assert config.batch_rows == 1024
     # 16 GPUs with micro-batches of 8: each GPU runs 8 a step.
     assert config.accumulation_steps(device_count=16) == 8
+
+
+def test_tinyllama_1b_v1_1_has_its_cards_stages():
+    config = load_config_file(str(ROOT / "configs/tinyllama_1b_v1_1.py"))
+    basic, domain, cooldown = config.timeline
+    assert basic.batch_tokens == domain.batch_tokens == 1_835_008  # about 1.8M
+    assert cooldown.batch_tokens == 4 * 1_835_008  # about 7.2M
+    assert (basic.end_step, domain.end_step, cooldown.end_step) == (817_436, 1_008_171, 1_028_607)
+    assert config.tokens_at(basic.end_step) == pytest.approx(1.5e12, rel=1e-5)
+    assert config.tokens_at(config.total_steps) == pytest.approx(2e12, rel=1e-5)
+    assert basic.settings.weights == "slimpajama:1" and basic.settings.ramp_tokens == 0
+    assert domain.settings.ramp_tokens == 6 * 10**9
+    assert {s.name: s.weight for s in config.data.sources} == {
+        "slimpajama": 75, "starcoder": 15, "proof_pile": 10,
+    }  # fmt: skip
+    assert not any(stage.settings.schedule for stage in config.timeline)
+    assert parameter_count(config.model) == 1_100_048_384
 
 
 def test_the_defaults_are_a_config_themselves():
@@ -246,6 +265,95 @@ def test_sources_that_are_no_sources_are_named():
         freeze({"data": {"sources": ["x"]}})
 
 
+STAGED = changed(
+    training__train_tokens=100 * 512,
+    data__sources=tuple(
+        dataclasses.replace(BOOKS, name=name, weight=weight)
+        for name, weight in (("code", 1.0), ("text", 3.0))
+    ),
+)
+STAGES = (
+    StageConfig("stage1", 51_000, weights="text:1"),
+    StageConfig("stage2", 200, weights="text:3,code:1", ramp_tokens=100, global_batch_tokens=1024),
+)
+
+
+def with_stages(*stages):
+    return dataclasses.replace(STAGED, stages=stages)
+
+
+def test_stages_are_laid_out_in_whole_steps():
+    config = with_stages(*STAGES)
+    validate(config)
+    first, second = config.timeline
+    assert (first.first_step, first.end_step, first.first_token) == (0, 100, 0)  # 99.6 steps
+    assert (first.batch_tokens, first.batch_rows) == (512, 8)
+    assert (second.first_step, second.end_step, second.first_token) == (100, 101, 51_200)
+    assert (second.batch_tokens, second.batch_rows) == (1024, 16)
+    assert config.total_steps == 101
+    assert [config.tokens_at(step) for step in (0, 1, 100, 101)] == [0, 512, 51_200, 52_224]
+    assert config.stage_at(0) == config.stage_at(99) == first
+    assert config.stage_at(100) == config.stage_at(10**9) == second
+
+
+def test_a_run_without_stages_is_one():
+    (stage,) = TINY.timeline
+    assert (stage.first_step, stage.end_step) == (0, TINY.total_steps) == (0, 50)
+    assert stage.batch_rows == TINY.batch_rows and stage.settings.name == ""
+    assert TINY.tokens_at(50) == 50 * 512
+
+
+def test_stages_are_sorted_by_name_and_come_back():
+    config = default_config()
+    config.stages.stage2 = stage(train_tokens=2e6, weights="books:1")
+    config.stages.stage1 = stage(train_tokens=1_000_000)
+    frozen = freeze(config)
+    assert [entry.name for entry in frozen.stages] == ["stage1", "stage2"]
+    assert frozen.stages[1].train_tokens == 2_000_000
+    assert freeze(json.loads(json.dumps(to_dict(frozen)))) == frozen
+    with pytest.raises(ValueError, match=r"stages\.stage1 = 5: set it to stage\(train_tokens=TOKE"):
+        freeze({"stages": {"stage1": 5}})
+    with pytest.raises(ValueError, match=r'stages\.stage1\.wieghts .* did you mean "weights"'):
+        freeze({"stages": {"stage1": {"wieghts": "a:1"}}})
+
+
+@pytest.mark.parametrize(
+    "number, settings, problem",
+    [
+        (0, {"train_tokens": 0}, r"stages.stage1.train_tokens = 0 must be greater than 0"),
+        (0, {"train_tokens": 51_001}, r"train_tokens = 51200, but the stages have 51201 together"),
+        (0, {"name": "1st"}, r"stages.1st: a stage's name is part of its settings' names"),
+        (0, {"ramp_tokens": 5}, r"stage1.ramp_tokens = 5, but it is the first stage"),
+        (1, {"ramp_tokens": 201}, r"stage2.ramp_tokens = 201 is more than its train_tokens = 200"),
+        (1, {"ramp_tokens": -1}, r"stages.stage2.ramp_tokens = -1 must not be negative"),
+        (1, {"weights": "text:1,math:2"}, r"stage2.weights names math, but data.sources has code"),
+        (1, {"weights": "text:0"}, r'stage2.weights: "text:0" is not NAME:WEIGHT'),
+        (1, {"weights": "text:1"}, r"no stage reads code; give it a share in some stage's weights"),
+        (1, {"global_batch_tokens": 700}, r"stages.stage2.global_batch_tokens = 700 is not a mult"),
+        (1, {"learning_rate": 0.1}, r"stage2.learning_rate = 0.1, but .*schedule is empty: the ru"),
+        (1, {"schedule": "cosine"}, r"stage2.learning_rate = 0 with min_learning_rate = 0: a sch"),
+        (1, {"schedule": "flat", "learning_rate": 1.0}, r'schedule = "flat" is not one of cosine'),
+        (1, {"schedule": "wsd", "learning_rate": 1.0, "warmup_steps": 1},
+         r"stage2.warmup_steps = 1 does not end within its 1 steps"),
+    ],
+)  # fmt: skip
+def test_stages_that_cannot_be_are_refused(number, settings, problem):
+    stages = list(STAGES)
+    stages[number] = dataclasses.replace(stages[number], **settings)
+    with pytest.raises(ValueError, match=problem):
+        validate(with_stages(*stages))
+
+
+def test_a_stage_that_changes_matters_to_a_run():
+    now = with_stages(STAGES[0], dataclasses.replace(STAGES[1], weights="text:1,code:1"))
+    matters, harmless = differences(with_stages(*STAGES), now)
+    assert matters == ["stages.stage2.weights: 'text:3,code:1' -> 'text:1,code:1'"]
+    assert differences(with_stages(*STAGES), with_stages(STAGES[0]))[0] == [
+        "stages.stage2: there -> none"
+    ]
+    assert harmless == []
+
+
 def test_a_key_like_no_other_is_answered_with_all():
     with pytest.raises(ValueError, match=r"config\.zzz is not a setting; known: model, data, opti"):
         freeze({"zzz": 1})
@@ -292,7 +400,7 @@ def test_what_a_resumed_run_may_change():
     free = {
         f"{section.name}.{field.name}"
         for section in dataclasses.fields(Config)
-        for field in dataclasses.fields(getattr(TINY, section.name))
+        for field in dataclasses.fields(getattr(TINY, section.name) or StageConfig)
         if field.metadata.get("may_change")
     }
     reporting = ("evaluation.", "checkpoint.", "logging.", "sampling.", "guard.", "watchdog.")

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 # Fields that a resumed run may change: they move rounding, cost, what is printed or what a run is
 # protected from, never the mathematics of its steps or the order of its data.
@@ -112,6 +113,24 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of a run, with a mixture, a batch and a learning rate of its own."""
+
+    name: str = ""  # stages follow each other in the order of their names
+    train_tokens: int = 0  # all stages together: training.train_tokens
+    # Shares of the tokens, as "web:0.7,code:0.3", of the sources that are read; "": of all, by the
+    # weights in data.sources.
+    weights: str = ""
+    ramp_tokens: int = 0  # in which the shares go from the last stage's to these, a straight line
+    global_batch_tokens: int = 0  # 0: training.global_batch_tokens
+    # Of the learning rate, within the stage: cosine, linear, wsd; "": the run's goes on, by tokens.
+    schedule: str = ""
+    learning_rate: float = 0.0  # these three belong to a schedule of the stage's own
+    min_learning_rate: float = 0.0
+    warmup_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """How devices share the work; -1 for one axis: all that are left."""
 
@@ -172,12 +191,31 @@ class SamplingConfig:
     seed: int = _free(0)
 
 
+class Stage(NamedTuple):
+    """A stage of a run, laid out.
+
+    Attributes:
+      settings: what the config says of it; without a name in a run without stages.
+      first_step, end_step: its steps `[first_step, end_step)`, counted from the run's start.
+      first_token: the tokens that the stages before have seen.
+      batch_tokens, batch_rows: tokens and sequences per optimizer step.
+    """
+
+    settings: StageConfig
+    first_step: int
+    end_step: int
+    first_token: int
+    batch_tokens: int
+    batch_rows: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    stages: tuple[StageConfig, ...] = ()  # none: the run is one
     mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -186,14 +224,39 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
     sampling: SamplingConfig = SamplingConfig()
 
+    @functools.cached_property
+    def timeline(self) -> tuple[Stage, ...]:
+        """The stages with their steps, in order; a run without any is one."""
+        training = self.training
+        entries = self.stages or (StageConfig(train_tokens=training.train_tokens),)
+        timeline: list[Stage] = []
+        step = tokens = 0
+        for entry in entries:
+            batch_tokens = entry.global_batch_tokens or training.global_batch_tokens
+            end = step - (-entry.train_tokens // batch_tokens)
+            timeline.append(
+                Stage(entry, step, end, tokens, batch_tokens, batch_tokens // self.data.seq_len)
+            )
+            step, tokens = end, tokens + (end - step) * batch_tokens
+        return tuple(timeline)
+
     @property
     def total_steps(self) -> int:
-        """Optimizer steps that spend the token budget; the last one may go past it."""
-        return -(-self.training.train_tokens // self.training.global_batch_tokens)
+        """Optimizer steps that spend the token budget; the last of a stage may go past it."""
+        return self.timeline[-1].end_step
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of the step that follows `step` steps; past the end of the run, the last."""
+        return next((s for s in self.timeline if step < s.end_step), self.timeline[-1])
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens that the first `step` steps see."""
+        stage = self.stage_at(step - 1)
+        return stage.first_token + (step - stage.first_step) * stage.batch_tokens
 
     @property
     def batch_rows(self) -> int:
-        """Sequences per optimizer step."""
+        """Sequences per optimizer step, where a stage does not say otherwise."""
         return self.training.global_batch_tokens // self.data.seq_len
 
     def accumulation_steps(self, device_count: int) -> int:
@@ -201,10 +264,16 @@ class Config:
         return self.batch_rows // (self.training.micro_batch_size * device_count)
 
 
+# Settings that are dicts by name in a config file, and tuples here.
+NAMED = types.MappingProxyType({"sources": SourceConfig, "stages": StageConfig})
+_EXAMPLES = {SourceConfig: 'path="FILES"', StageConfig: "train_tokens=TOKENS"}
+
+
 def default_config():
     """Returns a `ConfigDict` of all defaults, for a config file to fill.
 
-    Sources are a dict by name: `config.data.sources.books = source(path="books/*.txt")`.
+    Sources and stages are dicts by name: `config.data.sources.books = source(path="books/*.txt")`,
+    `config.stages.stage2 = stage(train_tokens=10_000_000)`.
     """
     import ml_collections
 
@@ -213,19 +282,28 @@ def default_config():
 
 def source(**settings: Any):
     """Returns a `ConfigDict` of one `SourceConfig` (its name is the key it is stored under)."""
+    return _entry(SourceConfig(), settings)
+
+
+def stage(**settings: Any):
+    """Returns a `ConfigDict` of one `StageConfig` (its name is the key it is stored under)."""
+    return _entry(StageConfig(), settings)
+
+
+def _entry(default: SourceConfig | StageConfig, settings: Mapping[str, Any]):
     import ml_collections
 
-    fields = to_dict(SourceConfig())
+    fields = dataclasses.asdict(default)
     del fields["name"]
     return ml_collections.ConfigDict({**fields, **settings})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dict of a config dataclass, sources by name; `freeze` is its inverse."""
+    """Plain nested dict of a config dataclass, sources and stages by name; `freeze` undoes it."""
     result = dataclasses.asdict(config)
-    data = result.get("data", result)
-    if "sources" in data:
-        data["sources"] = {entry.pop("name"): entry for entry in map(dict, data["sources"])}
+    for holder in (result, result.get("data", {})):
+        for key in NAMED.keys() & holder.keys():
+            holder[key] = {entry.pop("name"): entry for entry in map(dict, holder[key])}
     return result
 
 
@@ -264,25 +342,24 @@ def _build(cls: Any, tree: Mapping[str, Any], path: str, problems: list[str]) ->
             problems.append(f"{path}.{key} is not a setting{hint}")
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = _build(hints[key], value, f"{path}.{key}", problems)
-        elif key == "sources":
-            values[key] = _build_sources(value, f"{path}.sources", problems)
+        elif key in NAMED:
+            values[key] = _build_named(NAMED[key], value, f"{path}.{key}", problems)
         else:
             values[key] = _coerce(value, hints[key], f"{path}.{key}", problems)
     return cls(**values)
 
 
-def _build_sources(tree: Any, path: str, problems: list[str]) -> tuple[SourceConfig, ...]:
+def _build_named(cls: Any, tree: Any, path: str, problems: list[str]) -> tuple[Any, ...]:
+    example = f"{cls.__name__.removesuffix('Config').lower()}({_EXAMPLES[cls]})"
     entries = tree if isinstance(tree, Mapping) else {}
     if not isinstance(tree, Mapping):
-        problems.append(
-            f'{path} = {tree!r}: set {path}.NAME = source(path="FILES") for each source'
-        )
+        problems.append(f"{path} = {tree!r}: set {path}.NAME = {example} for each")
     for name, entry in entries.items():
         if not isinstance(entry, Mapping):
-            problems.append(f'{path}.{name} = {entry!r}: set it to source(path="FILES")')
-    # Sorted by name, so that the order of the mixture does not hang on the file's layout.
+            problems.append(f"{path}.{name} = {entry!r}: set it to {example}")
+    # Sorted by name, so that their order does not hang on the file's layout.
     return tuple(
-        _build(SourceConfig, {**entry, "name": name}, f"{path}.{name}", problems)
+        _build(cls, {**entry, "name": name}, f"{path}.{name}", problems)
         for name, entry in sorted(entries.items())
         if isinstance(entry, Mapping)
     )
@@ -303,39 +380,3 @@ def raise_all(problems: list[str]) -> None:
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         raise ValueError(f"the config has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def differences(saved: Config, now: Config) -> tuple[list[str], list[str]]:
-    """Compares the config of a run with the one that would continue it.
-
-    Returns:
-      Two lists of lines "setting: saved -> now": those that change what the run computes, and those
-      that a resumed run may change (rounding, cost and reporting only).
-    """
-    matters: list[str] = []
-    harmless: list[str] = []
-
-    def walk(a: Any, b: Any, path: str) -> None:
-        for field in dataclasses.fields(a):
-            x, y = getattr(a, field.name), getattr(b, field.name)
-            name = f"{path}{field.name}"
-            if dataclasses.is_dataclass(x):
-                walk(x, y, f"{name}.")
-            elif field.name == "sources":
-                walk_sources({s.name: s for s in x}, {s.name: s for s in y}, name)
-            elif x != y:
-                embedded = getattr(b, "format", "") == "embedded"  # whose path names its part
-                free = field.metadata.get("may_change") and not embedded
-                lines = harmless if free else matters
-                lines.append(f"{name}: {x!r} -> {y!r}")
-
-    def walk_sources(a: dict[str, SourceConfig], b: dict[str, SourceConfig], path: str) -> None:
-        for name in sorted(a.keys() | b.keys()):
-            if name in a and name in b:
-                walk(a[name], b[name], f"{path}.{name}.")
-            else:
-                there, here = ("there", "none") if name in a else ("none", "there")
-                matters.append(f"{path}.{name}: {there} -> {here}")
-
-    walk(saved, now, "")
-    return matters, harmless

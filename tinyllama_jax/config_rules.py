@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from tinyllama_jax.config import Config, SamplingConfig, raise_all
+from tinyllama_jax.config import Config, SamplingConfig, StageConfig, raise_all
 
+SCHEDULES = ("cosine", "linear", "wsd")
 _FORMATS = ("auto", "text", "jsonl", "parquet", "arrow", "litpkds", "tfds", "embedded")
 
 
@@ -70,7 +72,7 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
     one_of("model.attention", m.attention, ("auto", "reference", "folded", "flash", "cudnn"))
     one_of("model.remat", m.remat, ("none", "dots", "attention", "full"))
     one_of("data.boundary", d.boundary, ("bos+eos", "bos", "eos"))
-    one_of("optimizer.schedule", o.schedule, ("cosine", "linear", "wsd"))
+    one_of("optimizer.schedule", o.schedule, SCHEDULES)
     one_of("optimizer.weight_decay_rule", o.weight_decay_rule, ("all", "matrices"))
 
     if m.num_kv_heads > 0:
@@ -109,14 +111,17 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
 
     if min(t.global_batch_tokens, t.micro_batch_size, t.train_tokens, d.seq_len, device_count) > 0:
         per_pass = t.micro_batch_size * d.seq_len * device_count
-        require(
-            t.global_batch_tokens % per_pass == 0,
-            f"training.global_batch_tokens = {t.global_batch_tokens} is not a multiple of the "
-            f"{per_pass} tokens of one pass (micro_batch_size {t.micro_batch_size} x seq_len "
-            f"{d.seq_len} x {device_count} devices); the nearest that fits is "
-            f"{max(1, round(t.global_batch_tokens / per_pass)) * per_pass}",
-        )
-        steps = config.total_steps
+        batches = {"training": t.global_batch_tokens}
+        batches |= {f"stages.{s.name}": s.global_batch_tokens for s in config.stages}
+        for name, batch in batches.items():
+            require(
+                batch % per_pass == 0,
+                f"{name}.global_batch_tokens = {batch} is not a multiple of the {per_pass} tokens "
+                f"of one pass (micro_batch_size {t.micro_batch_size} x seq_len {d.seq_len} x "
+                f"{device_count} devices); the nearest that fits is "
+                f"{max(1, round(batch / per_pass)) * per_pass}",
+            )
+        steps = -(-t.train_tokens // t.global_batch_tokens)
         require(
             o.warmup_steps < steps,
             f"optimizer.warmup_steps = {o.warmup_steps} does not end within the {steps} steps of "
@@ -127,6 +132,9 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
             f"optimizer.warmup_steps + decay_steps = {o.warmup_steps + o.decay_steps} is more "
             f"than the {steps} steps of the run: the schedule would be cut off",
         )
+
+    if config.stages:
+        problems.extend(_stage_problems(config))
 
     for entry in d.sources:
         name = f"data.sources.{entry.name}"
@@ -143,7 +151,11 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
             f"{name}: a source's name becomes a directory and a metric; use letters, "
             "digits, _ and -",
         )
-        for setting, parse in (("subsets", chosen_subsets), ("subset_weights", subset_weights)):
+        parsers: dict[str, Callable[[str], object]] = {
+            "subsets": chosen_subsets,
+            "subset_weights": named_weights,
+        }
+        for setting, parse in parsers.items():
             value = getattr(entry, setting)
             require(
                 not value or entry.subset_key != "",
@@ -174,8 +186,93 @@ def chosen_subsets(text: str) -> tuple[frozenset[str], bool]:
     return frozenset(name.removeprefix("-") for name in names), all(leaves_out)
 
 
-def subset_weights(text: str) -> dict[str, float]:
-    """What `data.sources.NAME.subset_weights` says: weights by subset, none for "".
+def _stage_problems(config: Config) -> list[str]:
+    """What speaks against the stages of a run, a line each."""
+    problems: list[str] = []
+    training, sources = config.training, {source.name for source in config.data.sources}
+    read: set[str] = set()
+    for number, entry in enumerate(config.stages):
+        name = f"stages.{entry.name}"
+        if not entry.name.isidentifier():
+            problems.append(
+                f"{name}: a stage's name is part of its settings' names; use letters, digits and "
+                f"_, and begin with a letter, as stage1"
+            )
+        problems += [
+            f"{name}.{setting} = {getattr(entry, setting)} must not be negative"
+            for setting in ("ramp_tokens", "global_batch_tokens", "min_learning_rate",
+                            "warmup_steps")
+            if getattr(entry, setting) < 0
+        ]  # fmt: skip
+        if entry.train_tokens <= 0:
+            problems.append(f"{name}.train_tokens = {entry.train_tokens} must be greater than 0")
+        try:
+            named = set(named_weights(entry.weights)) or sources
+        except ValueError as error:
+            problems.append(f"{name}.weights: {error}")
+            named = set(sources)
+        read |= named
+        if named - sources:
+            problems.append(
+                f"{name}.weights names {', '.join(sorted(named - sources))}, but data.sources has "
+                f"{', '.join(sorted(sources)) or 'none'}"
+            )
+        if entry.ramp_tokens and number == 0:
+            problems.append(
+                f"{name}.ramp_tokens = {entry.ramp_tokens}, but it is the first stage: there are "
+                f"no shares before it to go on from; set 0"
+            )
+        elif entry.ramp_tokens > entry.train_tokens:
+            problems.append(
+                f"{name}.ramp_tokens = {entry.ramp_tokens} is more than its train_tokens = "
+                f"{entry.train_tokens}: its shares would never be reached"
+            )
+        problems += _stage_schedule_problems(name, entry, training.global_batch_tokens)
+    total = sum(entry.train_tokens for entry in config.stages)
+    if total != training.train_tokens:
+        problems.append(
+            f"training.train_tokens = {training.train_tokens}, but the stages have {total} "
+            f"together; set it to that, or change a stage's train_tokens"
+        )
+    if sources - read:
+        problems.append(
+            f"no stage reads {', '.join(sorted(sources - read))}; give it a share in some stage's "
+            f"weights, or remove it from data.sources"
+        )
+    return problems
+
+
+def _stage_schedule_problems(name: str, entry: StageConfig, batch_tokens: int) -> list[str]:
+    if not entry.schedule:
+        return [
+            f"{name}.{setting} = {getattr(entry, setting)}, but {name}.schedule is empty: the run's"
+            f" own learning rate goes on; set the stage's schedule, or leave this 0"
+            for setting in ("learning_rate", "min_learning_rate", "warmup_steps")
+            if getattr(entry, setting)
+        ]
+    problems = []
+    if entry.schedule not in SCHEDULES:
+        problems.append(
+            f'{name}.schedule = "{entry.schedule}" is not one of {", ".join(SCHEDULES)}, or "" for '
+            f"the run's"
+        )
+    if not 0 <= entry.min_learning_rate <= entry.learning_rate or not entry.learning_rate:
+        problems.append(
+            f"{name}.learning_rate = {entry.learning_rate:g} with min_learning_rate = "
+            f"{entry.min_learning_rate:g}: a schedule of the stage's own needs the rate that it "
+            f"begins with, above 0, and one not above it to end with"
+        )
+    batch_tokens = entry.global_batch_tokens or batch_tokens
+    steps = -(-entry.train_tokens // batch_tokens) if batch_tokens > 0 else 0
+    if entry.warmup_steps >= max(steps, 1):
+        problems.append(
+            f"{name}.warmup_steps = {entry.warmup_steps} does not end within its {steps} steps"
+        )
+    return problems
+
+
+def named_weights(text: str) -> dict[str, float]:
+    """Weights by name, as `data.sources.NAME.subset_weights` and `stages.NAME.weights` give them.
 
     Raises:
       ValueError: it is not a list of NAME:WEIGHT with weights above 0.
@@ -189,8 +286,8 @@ def subset_weights(text: str) -> dict[str, float]:
             value = 0.0
         if not (name and 0 < value < float("inf")):
             raise ValueError(
-                f'"{part}" is not NAME:WEIGHT with a weight above 0; to leave a subset out, name '
-                f'it as "-NAME" in subsets'
+                f'"{part}" is not NAME:WEIGHT with a weight above 0; what is not to be read is not '
+                f'named (a subset: as "-NAME" in subsets)'
             )
         weights[name] = value
     return weights

@@ -10,6 +10,7 @@ from tinyllama_jax.config import Config, DataConfig, EvaluationConfig, SourceCon
 from tinyllama_jax.data import read_ahead
 from tinyllama_jax.data.corpus import open_datasets
 from tinyllama_jax.data.dataset import TrainingDataset, ValidationDataset
+from tinyllama_jax.data.order import Change, RowOrder
 from tinyllama_jax.data.pages import DamagedDataError
 from tinyllama_jax.data.stream import Stream
 
@@ -42,7 +43,11 @@ def config():
 
 def make(prepared, *, weights=WEIGHTS, rows=R, seed=0, seq_len=S):
     streams = {source: Stream(prepared[source] / "train") for source in weights}
-    return TrainingDataset(streams, weights, seq_len=seq_len, batch_rows=rows, seed=seed)
+    return TrainingDataset(streams, order_of(weights, rows), seq_len=seq_len, seed=seed)
+
+
+def order_of(weights, rows):
+    return RowOrder([Change(0, rows, weights)])
 
 
 def rows_of(dataset, steps):
@@ -104,7 +109,7 @@ def test_an_epoch_has_each_id_but_the_first_as_a_target_once(tmp_path, write_spl
     directory = write_split(
         tmp_path / "a" / "train", [[ids[:9_000]], [ids[9_000:]]], vocab_size=100_000
     )
-    dataset = TrainingDataset({"a": Stream(directory)}, {"a": 1}, seq_len=S, batch_rows=1, seed=0)
+    dataset = TrainingDataset({"a": Stream(directory)}, order_of({"a": 1}, 1), seq_len=S, seed=0)
     windows = dataset.windows["a"]
     covered = len(windows) * S
     assert windows.left_out == 19_999 - covered == 31
@@ -139,7 +144,8 @@ def test_sources_of_one_size_are_shuffled_differently(tmp_path, write_split, mak
         name: Stream(write_split(tmp_path / name / "train", [make_documents(0, 3_300)]))
         for name in names
     }
-    dataset = TrainingDataset(streams, dict.fromkeys(names, 1), seq_len=S, batch_rows=206, seed=0)
+    order = order_of(dict.fromkeys(names, 1), 206)
+    dataset = TrainingDataset(streams, order, seq_len=S, seed=0)
     epoch = {
         name: [row.window for row in dataset.rows_at(0) if row.source == name] for name in names
     }

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tinyllama_jax.data.mixture import PERIOD, Mixture, millionths
+from tinyllama_jax.data.mixture import PERIOD, Mixture, Ramp, millionths
 
 WEIGHTS = [
     (0.693584, 0.306416),  # TinyLlama: SlimPajama, Starcoderdata
@@ -135,3 +135,44 @@ def test_counts_agree_with_the_rows(row):
 
 
 _TINYLLAMA = Mixture(WEIGHTS[0])
+
+
+# --- ramps
+
+RAMPS = [
+    ([1.0, 0.0, 0.0], [0.75, 0.15, 0.1], 30_000),  # TinyLlama v1.1's continual pretraining
+    ([0.5, 0.5], [0.5, 0.5], 9_999),
+    ([1.0, 0.0], [0.0, 1.0], 20_001),
+    ([3.0, 1.0, 1.0], [1.0, 1.0, 8.0], 12_345),
+    ([1.0, 0.0], [0.9, 0.1], 1),
+]
+
+
+@pytest.mark.parametrize("before, after, rows", RAMPS)
+def test_a_ramp_follows_its_straight_line(before, after, rows):
+    ramp = Ramp(before, after, rows)
+    sources = np.array([ramp[row][0] for row in range(rows)])
+    n = np.arange(1, rows + 1)
+    for source in range(len(before)):
+        a, b = before[source] / sum(before), after[source] / sum(after)
+        wanted = a * n + (b - a) * n**2 / (2 * rows)
+        # As a mixture's bound: half a row of its own, and half a row of each other one.
+        assert np.abs(np.cumsum(sources == source) - wanted).max() <= 1 + len(before) / 2
+
+
+@pytest.mark.parametrize("before, after, rows", RAMPS)
+def test_a_ramp_reads_each_source_without_gap_or_repetition(before, after, rows):
+    ramp = Ramp(before, after, rows)
+    following = [0] * len(before)
+    for row in range(rows):
+        assert ramp.counts(row) == tuple(following) if row % 997 == 0 else True
+        source, index = ramp[row]
+        assert index == following[source] and ramp.row_of(source, index) == row
+        following[source] += 1
+    assert ramp.counts(rows) == tuple(following) and sum(following) == rows
+
+
+@pytest.mark.parametrize("rows", [0, 1 << 30])
+def test_a_ramp_that_cannot_be_laid_out_is_refused(rows):
+    with pytest.raises(ValueError, match=r"over 1 to 16,777,216; set ramp_tokens to fewer"):
+        Ramp([1.0, 0.0], [0.5, 0.5], rows)

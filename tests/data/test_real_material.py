@@ -89,8 +89,10 @@ def test_every_document_comes_back_byte_for_byte(data, streams):
 def test_it_is_mixed_as_published(data, streams):
     config = Config(data=data, model=ModelConfig(), training=Config().training)
     training = open_prepared(config, Tokenizer(data.tokenizer)).training
-    counts = dict(zip(training.windows, training._mixture.counts(10_000_000), strict=True))
-    share = sum(n for name, n in counts.items() if name.startswith("slimpajama.")) / 10_000_000
+    steps = -(-10_000_000 // config.batch_rows)
+    counts = training.order.counts_at(steps)
+    share = sum(n for name, n in counts.items() if name.startswith("slimpajama."))
+    share /= steps * config.batch_rows
     assert share == pytest.approx(0.693584, abs=1e-6)
 
 

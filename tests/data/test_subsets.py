@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from tinyllama_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
-from tinyllama_jax.config_rules import chosen_subsets, subset_weights, validate
+from tinyllama_jax.config_rules import chosen_subsets, named_weights, validate
 from tinyllama_jax.data.corpus import open_datasets
 from tinyllama_jax.data.mixture import divided
 from tinyllama_jax.data.prepare import prepare_sources
@@ -188,6 +188,12 @@ def test_it_is_found_where_the_raw_text_is_not(slim_pajama, tmp_path):
 # --- weights
 
 
+def shares_of(training):
+    """Millionths by stream."""
+    (change,) = training.order.changes
+    return {name: round(1e6 * share) for name, share in training.order.shares(change).items()}
+
+
 def test_subsets_are_weighed_by_their_tokens_within_their_source(slim_pajama, starcoder, tmp_path):
     slim = of_slim_pajama(slim_pajama, weight=0.693584)
     code = SourceConfig(
@@ -197,7 +203,7 @@ def test_subsets_are_weighed_by_their_tokens_within_their_source(slim_pajama, st
     )  # fmt: skip
     datasets = opened((slim, code), tmp_path, evaluation=EvaluationConfig(tokens=100 * S))
     windows = datasets.training.windows
-    shares = dict(zip(windows, datasets.training._mixture.millionths, strict=True))
+    shares = shares_of(datasets.training)
     for source, millionths in (("slimpajama", 693_584), ("starcoder", 306_416)):
         of = {name: share for name, share in shares.items() if name.startswith(f"{source}.")}
         assert sum(of.values()) == millionths
@@ -217,7 +223,7 @@ def test_weights_by_hand(slim_pajama, tmp_path):
     weights = "RedPajamaC4:1,RedPajamaBook:3"
     source = of_slim_pajama(slim_pajama, subsets="-RedPajamaGithub", subset_weights=weights)
     training = opened((source,), tmp_path).training
-    assert training._mixture.millionths == (750_000, 250_000)
+    assert list(shares_of(training).values()) == [750_000, 250_000]
     assert "slimpajama.RedPajamaBook: " in training.describe(10)
     with pytest.raises(ValueError, match=r"gives weights to slimpajama\.RedPajamaC4, but"):
         source = of_slim_pajama(slim_pajama, subset_weights="RedPajamaC4:1")
@@ -258,7 +264,7 @@ def test_what_is_chosen():
     assert chosen_subsets("") == (frozenset(), True)
     assert chosen_subsets("a, b") == (frozenset({"a", "b"}), False)
     assert chosen_subsets("-a,-b") == (frozenset({"a", "b"}), True)
-    assert subset_weights("a:2,b:0.5") == {"a": 2.0, "b": 0.5}
+    assert named_weights("a:2,b:0.5") == {"a": 2.0, "b": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def die_at(moment: str) -> None:
 
 
 def save_and_die(run_dir: str, steps: list[int], last: int, moment: str) -> None:
-    checkpoints = Checkpointer(Path(run_dir), CheckpointConfig(keep_last=len(steps)), 1)
+    checkpoints = Checkpointer(Path(run_dir), CheckpointConfig(keep_last=len(steps)))
     for step in steps:
         checkpoints.save(step, state_at(step), {})
     checkpoints.wait()
@@ -65,7 +65,7 @@ def save_and_die(run_dir: str, steps: list[int], last: int, moment: str) -> None
 
 
 def save_for_ever(run_dir: str) -> None:
-    checkpoints = Checkpointer(Path(run_dir), CheckpointConfig(keep_last=2), 1)
+    checkpoints = Checkpointer(Path(run_dir), CheckpointConfig(keep_last=2))
     step = max(checkpoints.steps(), default=0)
     while True:
         step += 1

@@ -28,7 +28,7 @@ ABSTRACT = jax.eval_shape(lambda: state_at(0))
 
 
 def checkpointer(run_dir, settings=KEEP_ALL) -> Checkpointer:
-    return Checkpointer(run_dir, settings, tokens_per_step=1)
+    return Checkpointer(run_dir, settings)
 
 
 def assert_state(state, step: int) -> None:

@@ -166,7 +166,7 @@ def saved(run_dir: pathlib.Path) -> dict[int, list[bytes]]:
     config = read_config(run_dir)
     model, optimizer = Llama(config.model), make_optimizer(config.optimizer)
     abstract = jax.eval_shape(lambda: init_state(model, optimizer, 0))
-    with Checkpointer(run_dir, config.checkpoint, 512) as checkpoints:
+    with Checkpointer(run_dir, config.checkpoint) as checkpoints:
         states = {step: checkpoints.restore(abstract, step).state for step in checkpoints.steps()}
     return {
         step: [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(state))]

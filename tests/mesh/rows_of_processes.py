@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from tinyllama_jax.data.dataset import TrainingDataset
+from tinyllama_jax.data.order import Change, RowOrder
 from tinyllama_jax.parallel import distributed, mesh, rules
 
 ROWS, S, STEPS = 16, 8, 200
@@ -39,7 +40,11 @@ def main(out: str, *shape: str) -> None:
     stream = Counting()
     with distributed.in_use(60), mesh.in_use(tuple(map(int, shape))):
         data = TrainingDataset(
-            {"a": stream}, {"a": 1.0}, seq_len=S, batch_rows=ROWS, seed=3, own_rows=rules.own_rows
+            {"a": stream},
+            RowOrder([Change(0, ROWS, {"a": 1.0})]),
+            seq_len=S,
+            seed=3,
+            own_rows=rules.own_rows,
         )
         gathered = jax.jit(lambda x: x, out_shardings=replicated())
         steps = []

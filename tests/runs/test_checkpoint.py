@@ -58,8 +58,13 @@ def assert_same_bits(found, expected):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def tens(step):
+    """Tokens that so many steps of ten see."""
+    return 10 * step
+
+
 def save_steps(run_dir, *steps, settings=KEEP_ALL, tokens_per_step=10):
-    with Checkpointer(run_dir, settings, tokens_per_step) as checkpoints:
+    with Checkpointer(run_dir, settings, lambda step: step * tokens_per_step) as checkpoints:
         for step in steps:
             checkpoints.save(step, state_at(step), {"tokens_seen": step * tokens_per_step})
         assert checkpoints.wait()
@@ -81,25 +86,25 @@ def run_dir(saved_run, tmp_path):
 
 def test_restores_the_same_bits_and_metadata(run_dir):
     abstract = jax.eval_shape(lambda: state_at(0))
-    restored = Checkpointer(run_dir, KEEP_ALL, 10).restore(abstract)
+    restored = Checkpointer(run_dir, KEEP_ALL).restore(abstract)
     assert restored.step == 20
     assert restored.metadata == {"tokens_seen": 200}
     assert_same_bits(restored.state, state_at(20))
-    named = Checkpointer(run_dir, KEEP_ALL, 10).restore(state_at(0), step=10)
+    named = Checkpointer(run_dir, KEEP_ALL).restore(state_at(0), step=10)
     assert_same_bits(named.state, state_at(10))
 
 
 def test_a_dict_is_a_state_too(tmp_path):
     state = {"params": {"w": jnp.arange(4.0)}, "step": jnp.int32(1)}
-    with Checkpointer(tmp_path, KEEP_ALL, 1) as checkpoints:
+    with Checkpointer(tmp_path, KEEP_ALL) as checkpoints:
         checkpoints.save(1, state, {})
         assert_same_bits(checkpoints.restore(state).state, state)
 
 
 def test_nothing_saved_is_none(tmp_path):
-    assert Checkpointer(tmp_path, KEEP_ALL, 1).restore(state_at(0)) is None
+    assert Checkpointer(tmp_path, KEEP_ALL).restore(state_at(0)) is None
     (tmp_path / CHECKPOINTS).mkdir()
-    assert Checkpointer(tmp_path, KEEP_ALL, 1).restore(state_at(0)) is None
+    assert Checkpointer(tmp_path, KEEP_ALL).restore(state_at(0)) is None
 
 
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
@@ -108,7 +113,7 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     state = {"params": {"w": jnp.arange(4_000_000, dtype=jnp.float32)}, "step": jnp.int32(3)}
     expected = jax.tree.map(np.array, state)
     compiled = scramble.lower(state).compile()
-    with Checkpointer(tmp_path, KEEP_ALL, 1) as checkpoints:
+    with Checkpointer(tmp_path, KEEP_ALL) as checkpoints:
         checkpoints.save(3, state, {})
         for _ in range(10):
             state = compiled(state)
@@ -121,7 +126,7 @@ def test_the_next_save_waits_for_the_last(tmp_path):
 
 def test_saving_an_existing_step_replaces_it(run_dir):
     replacement = dataclasses.replace(state_at(20), guard=state_at(99).guard)
-    with Checkpointer(run_dir, KEEP_ALL, 10) as checkpoints:
+    with Checkpointer(run_dir, KEEP_ALL) as checkpoints:
         checkpoints.restore(state_at(0), step=10)
         checkpoints.save(20, replacement, {"second": True})
         restored = checkpoints.restore(state_at(0))
@@ -131,13 +136,13 @@ def test_saving_an_existing_step_replaces_it(run_dir):
 
 
 def test_steps_beyond_a_rewind_go_when_the_next_step_is_sealed(run_dir, capsys):
-    with Checkpointer(run_dir, KEEP_ALL, 10) as checkpoints:
+    with Checkpointer(run_dir, KEEP_ALL) as checkpoints:
         checkpoints.restore(state_at(0), step=10)
         assert checkpoints.steps() == [10, 20]
         checkpoints.rewind(10)
         assert "steps [20] lie beyond step 10; they are kept as" in capsys.readouterr().err
     # Not even a start that ends before it saves finds them again.
-    with Checkpointer(run_dir, KEEP_ALL, 10) as checkpoints:
+    with Checkpointer(run_dir, KEEP_ALL) as checkpoints:
         assert checkpoints.steps() == [10]
         assert checkpoints.restore(state_at(0)).step == 10
         assert (run_dir / CHECKPOINTS / "20.superseded").is_dir()
@@ -166,15 +171,15 @@ def test_keeps_the_last_and_milestones(tmp_path):
     ],
 )
 def test_steps_to_keep(steps, keep_last, milestone, expected):
-    assert steps_to_keep(steps, keep_last, milestone, tokens_per_step=10) == expected
+    assert steps_to_keep(steps, keep_last, milestone, tens) == expected
 
 
 def test_milestones_do_not_depend_on_when_the_rule_is_applied():
     """Applying the rule after every save keeps what applying it once at the end would keep."""
     kept: list[int] = []
     for step in range(7, 1000, 7):
-        kept = sorted(steps_to_keep([*kept, step], 3, 640, tokens_per_step=10))
-    assert set(kept) == steps_to_keep(range(7, 1000, 7), 3, 640, tokens_per_step=10)
+        kept = sorted(steps_to_keep([*kept, step], 3, 640, tens))
+    assert set(kept) == steps_to_keep(range(7, 1000, 7), 3, 640, tens)
 
 
 def test_an_old_step_is_deleted_only_once_a_newer_one_is_sealed(tmp_path, monkeypatch):
@@ -200,7 +205,7 @@ def test_other_arrays_are_listed_not_taken_for_damage(run_dir):
     state.params["norm"]["bias"] = jnp.zeros(8)
     del state.guard["on"]
     with pytest.raises(ValueError, match="holds other arrays than this config makes") as error:
-        Checkpointer(run_dir, KEEP_ALL, 10).restore(state)
+        Checkpointer(run_dir, KEEP_ALL).restore(state)
     text = str(error.value)
     assert "params/norm/scale: saved float32[8], expected float32[9]" in text
     assert "params/norm/bias: saved nothing, expected float32[8]" in text
@@ -257,7 +262,7 @@ def test_imported_params_are_read_and_trained_from(tmp_path):
     assert_same_bits(params, state.params)
 
     settings = CheckpointConfig(keep_last=1)
-    with Checkpointer(tmp_path, settings, 10) as checkpoints:
+    with Checkpointer(tmp_path, settings) as checkpoints:
         assert checkpoints.restore(state) is None  # no optimizer state to go on from
         initial = checkpoints.restore_initial_params(jax.eval_shape(lambda: state.params))
         assert_same_bits(initial, state.params)
@@ -276,7 +281,7 @@ def test_imported_params_do_not_go_into_a_run_that_has_steps(run_dir):
 
 
 def test_a_trained_run_has_no_initial_params(run_dir):
-    checkpoints = Checkpointer(run_dir, KEEP_ALL, 10)
+    checkpoints = Checkpointer(run_dir, KEEP_ALL)
     assert checkpoints.restore_initial_params(state_at(0).params) is None
 
 
@@ -304,7 +309,7 @@ def state_on(shape, spec):
     step = jax.device_put(jnp.int32(4), NamedSharding(mesh, P()))
     return {"params": {"w": sharded}, "step": step}
 
-checkpoints = Checkpointer(sys.argv[1], CheckpointConfig(), 1)
+checkpoints = Checkpointer(sys.argv[1], CheckpointConfig())
 saved = state_on((2, 4), P("fsdp", "data"))
 checkpoints.save(4, saved, {})
 for other in (state_on((8, 1), P(None, "data")), state_on((1, 8), P("fsdp"))):

@@ -41,7 +41,7 @@ def test_mfu_and_memory_are_logged_where_the_device_tells(monkeypatch):
         training=dataclasses.replace(TrainingConfig(), global_batch_tokens=2048),
     )  # fmt: skip
     timer = StepTimer(config)
-    timer.count_step()
+    timer.count_step(2048)
     record = timer.read()
     per_second = record["tokens_per_second"]
     assert record["mfu_causal"] == pytest.approx(per_second * 6.760e9 / 989.5e12, rel=1e-3)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from tinyllama_jax.config import (
     ModelConfig,
     OptimizerConfig,
     SourceConfig,
+    StageConfig,
     TrainingConfig,
 )
 from tinyllama_jax.data.batch import Batch
@@ -30,6 +32,8 @@ from tinyllama_jax.runs.metrics import read_metrics
 from tinyllama_jax.runs.restore import restore_params
 from tinyllama_jax.training.loop import train
 from tinyllama_jax.training.losses import NextToken
+from tinyllama_jax.training.optimizer import make_optimizer, make_schedule
+from tinyllama_jax.training.step import make_train_step
 
 ROWS, S, V, STEPS = 4, 8, 31, 12
 CONFIG = Config(
@@ -82,13 +86,15 @@ def compile_once(tmp_path_factory):
 class MadeUpData:
     """Counts upwards from a random id in every row; `cut_at` is where the power goes."""
 
-    def __init__(self, *, cut_at=None, seed=0, read_seconds=0.0):
+    def __init__(self, *, cut_at=None, seed=0, read_seconds=0.0, config=CONFIG):
         self.cut_at, self.seed, self.read_seconds = cut_at, seed, read_seconds
+        self.config = config
 
     def batch_at(self, step):
-        start = np.random.default_rng([self.seed, step]).integers(0, V, (ROWS, 1))
+        rows = self.config.stage_at(step).batch_rows
+        start = np.random.default_rng([self.seed, step]).integers(0, V, (rows, 1))
         ids = ((start + np.arange(S + 1)) % V).astype(np.int32)
-        return Batch(ids[:, :-1], ids[:, 1:], np.ones((ROWS, S), np.float32))
+        return Batch(ids[:, :-1], ids[:, 1:], np.ones((rows, S), np.float32))
 
     @contextlib.contextmanager
     def prefetch(self, start, stop):
@@ -174,7 +180,7 @@ def cut_off_once(tmp_path_factory):
 def cut_off(cut_off_once, tmp_path):
     """The same run, cut off in step 11: it has saved step 8 and logged beyond it."""
     shutil.copytree(cut_off_once, tmp_path, dirs_exist_ok=True)
-    with Checkpointer(tmp_path, CONFIG.checkpoint, ROWS * S) as checkpoints:
+    with Checkpointer(tmp_path, CONFIG.checkpoint) as checkpoints:
         assert checkpoints.steps() == [4, 8]
     assert untimed(tmp_path)[-1]["step"] > 8
     return tmp_path
@@ -231,8 +237,7 @@ def test_waiting_for_data_is_measured(tmp_path):
     run(tmp_path, MadeUpData(read_seconds=0.03), with_settings("evaluation", every_steps=0), {})
     records = read_metrics(tmp_path)
     assert all("loss" in record for record in records)  # nothing was held out to evaluate on
-    # The wait for a step's batch may fall into the line before it, while that step still runs; the
-    # first is read while the step compiles.
+    # The wait for a step's batch may fall into the line before it, while that step still runs.
     assert (STEPS - 1) * 0.03 < sum(record["data_wait_seconds"] for record in records) < STEPS * 1
     assert all(record["step_seconds"] >= record["data_wait_seconds"] for record in records)
 
@@ -246,6 +251,71 @@ def test_a_resumed_run_is_the_uninterrupted_one(cut_off, uninterrupted, resume, 
     assert f"resumed from step {resume.replace('auto', '8')}\n" in capsys.readouterr().out
     discarded = (cut_off / "metrics.discarded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in discarded] == [line["step"] for line in beyond]
+
+
+# Five steps of 4 rows, three of 12, three of 4 with a schedule of their own.
+STAGED = dataclasses.replace(
+    CONFIG,
+    training=dataclasses.replace(CONFIG.training, train_tokens=68 * S),
+    stages=(
+        StageConfig("a", 5 * ROWS * S),
+        StageConfig("b", 36 * S, global_batch_tokens=12 * S),
+        StageConfig("c", 12 * S, schedule="linear", learning_rate=2e-3, min_learning_rate=1e-3),
+    ),
+    checkpoint=CheckpointConfig(every_steps=1, keep_last=2, milestone_tokens=10 * S),
+)
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("staged")
+    return run_dir, run(run_dir, MadeUpData(config=STAGED), STAGED)
+
+
+def test_stages_have_their_batches_and_learning_rates(staged):
+    records = [record for record in read_metrics(staged[0]) if "loss" in record]
+    tokens = [4, 8, 12, 16, 20, 32, 44, 56, 60, 64, 68]
+    assert [record["tokens_seen"] for record in records] == [count * S for count in tokens]
+    whole = make_schedule(CONFIG.optimizer, 17)  # 68 rows in batches of 4
+    expected = [float(whole(step)) for step in (0, 1, 2, 3, 4, 5, 8, 11)]
+    assert [r["learning_rate"] for r in records[:8]] == pytest.approx(expected, rel=1e-6)
+    assert [r["learning_rate"] for r in records[8:]] == pytest.approx([2e-3, 5e-3 / 3, 4e-3 / 3])
+    for before, after in itertools.pairwise(records):
+        batch = after["tokens_seen"] - before["tokens_seen"]
+        assert after["tokens_per_second"] == pytest.approx(batch / after["step_seconds"])
+    with Checkpointer(staged[0], STAGED.checkpoint) as checkpoints:
+        # The first at or past each multiple of 10 rows, and the last two.
+        assert checkpoints.steps() == [3, 5, 6, 7, 8, 9, 10, 11]
+
+
+def test_a_step_of_a_stage_is_the_step_of_a_run_with_such_a_batch(staged):
+    """The sixth step, of 12 rows, is what a run without stages makes of the fifth's state."""
+    config = with_settings("training", global_batch_tokens=12 * S, train_tokens=72 * S)
+    with Checkpointer(staged[0], STAGED.checkpoint) as checkpoints:
+        abstract = jax.eval_shape(lambda: staged[1])
+        before, after = (checkpoints.restore(abstract, step).state for step in (5, 6))
+    model, optimizer = Llama(config.model), make_optimizer(config.optimizer)
+    config = dataclasses.replace(
+        config,  # at step 5 the run's schedule is where 20 rows in batches of 4 are
+        optimizer=dataclasses.replace(config.optimizer, schedule="linear", warmup_steps=0,
+                                      learning_rate=1.0, min_learning_rate=1.0),
+    )  # fmt: skip
+    rate = float(make_schedule(CONFIG.optimizer, 17)(5))
+    params = jax.tree.map(np.asarray, before.params)
+    step = make_train_step(model, NextToken(config), optimizer, config)
+    full, _ = step(before, MadeUpData(config=STAGED).batch_at(5))
+    for a, b, p in zip(
+        *(jax.tree.leaves(tree) for tree in (full.params, after.params, params)), strict=True
+    ):
+        np.testing.assert_allclose(p + rate * (a - p), b, atol=2e-6)
+
+
+@pytest.mark.parametrize("cut_at", [5, 6, 9])
+def test_a_run_resumed_within_and_between_stages_is_the_uninterrupted_one(staged, tmp_path, cut_at):
+    with pytest.raises(RuntimeError, match="the power is cut"):
+        run(tmp_path, MadeUpData(config=STAGED, cut_at=cut_at), STAGED)
+    assert bits(run(tmp_path, MadeUpData(config=STAGED), STAGED)) == bits(staged[1])
+    assert untimed(tmp_path) == untimed(staged[0])
 
 
 def test_a_run_cut_off_before_its_first_save_starts_over(tmp_path, uninterrupted):
@@ -349,7 +419,7 @@ def test_a_lost_lock_ends_training_before_anything_is_saved(tmp_path):
 
     with pytest.raises(ValueError, match="was taken over"):
         run(tmp_path, lock=LostLock())
-    with Checkpointer(tmp_path, CONFIG.checkpoint, ROWS * S) as checkpoints:
+    with Checkpointer(tmp_path, CONFIG.checkpoint) as checkpoints:
         assert checkpoints.steps() == []
 
 

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinyllama_jax.config import OptimizerConfig
-from tinyllama_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from tinyllama_jax.config import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainingConfig,
+)
+from tinyllama_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, run_schedule
 
 # TinyLlama's run: 2,000 warm-up steps to 4e-4, cosine to 4e-5 over 1,430,512 steps.
 TINYLLAMA = OptimizerConfig()
@@ -37,6 +43,56 @@ def test_cosine_is_tinyllamas(step, expected):
     value = jax.jit(make_schedule(TINYLLAMA, TOTAL))(jnp.int32(step))
     assert value.dtype == jnp.float32
     assert float(value) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def staged(*stages, **optimizer):
+    """A run of stages of batches of 10 tokens, unless they say otherwise."""
+    return Config(
+        data=DataConfig(seq_len=10),
+        optimizer=OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, **optimizer),
+        training=TrainingConfig(
+            train_tokens=sum(stage.train_tokens for stage in stages), global_batch_tokens=10
+        ),
+        stages=stages,
+    )
+
+
+def rates(config, steps):
+    schedule = jax.jit(run_schedule(config))
+    return [float(schedule(jnp.int32(step))) for step in steps]
+
+
+def test_a_run_without_stages_has_its_schedule():
+    config = Config(training=TrainingConfig(train_tokens=TOTAL * 2048, global_batch_tokens=2048))
+    plain = jax.jit(make_schedule(config.optimizer, TOTAL))
+    steps = [0, 1, 1999, 2000, 2001, MIDDLE, TOTAL - 1, TOTAL]
+    assert rates(config, steps) == [float(plain(jnp.int32(step))) for step in steps]
+
+
+def test_the_runs_schedule_goes_on_by_tokens_where_batches_grow():
+    """The published cooldown: batches of four times the size, and the cosine goes on."""
+    config = staged(
+        StageConfig("a", 800), StageConfig("b", 400, global_batch_tokens=40), warmup_steps=10
+    )
+    plain = make_schedule(config.optimizer, 120)
+    assert config.total_steps == 80 + 10
+    expected = [float(plain(step)) for step in [*range(80), *range(80, 121, 4)]]
+    assert rates(config, range(91)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_stage_may_have_a_schedule_of_its_own():
+    config = staged(
+        StageConfig("a", 200),
+        StageConfig("b", 300, schedule="linear", learning_rate=0.5, warmup_steps=5),
+        StageConfig("c", 100),
+        schedule="wsd", warmup_steps=10,
+    )  # fmt: skip
+    found = rates(config, range(61))
+    assert found[:20] == pytest.approx([min(1, step / 10) for step in range(20)])
+    assert found[20:26] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert found[49] == pytest.approx(0.5 * (1 - 24 / 25))  # towards 0, within its 30 steps
+    plain = make_schedule(config.optimizer, 60)  # the run's, where it has come to by then
+    assert found[50:] == pytest.approx([float(plain(step)) for step in range(50, 61)])
 
 
 @pytest.mark.parametrize(

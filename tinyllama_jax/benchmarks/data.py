@@ -227,7 +227,7 @@ class _OfGrain:
 
     def __call__(self, step: int) -> np.ndarray:
         seq_len = self._training.seq_len
-        batch = np.empty((self._training.batch_rows, seq_len), np.int32)
+        batch = np.empty((_BATCH_ROWS, seq_len), np.int32)
         for place, row in enumerate(self._training.rows_at(step)):
             filled, start = 0, row.window * seq_len
             while filled < seq_len:

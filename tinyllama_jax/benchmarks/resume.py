@@ -73,7 +73,7 @@ def measure(model: ModelConfig, directory: Path | None, *, rounds: int) -> list[
             state = init_state(llama, optimizer, seed=0)
             jax.block_until_ready(state)
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            with Checkpointer(Path(run_dir), CheckpointConfig(keep_last=1), 1) as checkpoints:
+            with Checkpointer(Path(run_dir), CheckpointConfig(keep_last=1)) as checkpoints:
                 began = time.perf_counter()
                 stall = checkpoints.save(1, state, {})
                 if not checkpoints.wait():

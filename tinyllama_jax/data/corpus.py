@@ -7,10 +7,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from tinyllama_jax.config import Config, SourceConfig
-from tinyllama_jax.config_rules import subset_weights
+from tinyllama_jax.config import Config, SourceConfig, Stage
+from tinyllama_jax.config_rules import named_weights
 from tinyllama_jax.data.dataset import OwnRows, TrainingDataset, ValidationDataset
 from tinyllama_jax.data.mixture import divided, millionths
+from tinyllama_jax.data.order import Change, RowOrder
 from tinyllama_jax.data.prepared import is_prepared, plan_of, streams_of
 from tinyllama_jax.data.stream import ShardReaders, Stream, Windows
 from tinyllama_jax.text.tokenizer import Tokenizer
@@ -47,15 +48,15 @@ def open_datasets(
     readers = ShardReaders()
     # Several readers have their turn before the watchdog ends the process.
     patience = config.watchdog.seconds / 4 or None
-    training: dict[str, Stream] = {}
+    streams_by_source: dict[str, dict[str, Stream]] = {}
     validation: dict[str, ValidationDataset] = {}
-    weights: dict[str, int] = {}
     problems: list[str] = []
-    shares = millionths([source.weight for source in config.data.sources])
-    for source, share in zip(config.data.sources, shares, strict=True):
+    shares = _source_shares(config, "")
+    for source in config.data.sources:
         streams = _training_streams(source, prepared, readers, config, problems)
-        weights |= _weights(source, share, streams, problems)
-        training |= streams
+        streams_by_source[source.name] = streams
+        share = shares[source.name]
+        weights = _weights(source, share, streams, problems)
         for name, stream in streams.items():
             problems += _problems(stream, config, tokenizer_sha256)
             if source.validation_fraction == 0:
@@ -70,21 +71,19 @@ def open_datasets(
                     max_tokens=math.ceil(config.evaluation.tokens * part),
                     weight=weights.get(name, 0), own_rows=own_rows, patience=patience,
                 )  # fmt: skip
+    changes = [_change(config, stage, streams_by_source, problems) for stage in config.timeline]
     if problems:
-        raise ValueError("\n".join(["the prepared data does not fit the config:", *problems]))
-    return Datasets(
-        TrainingDataset(
-            training,
-            weights,
-            seq_len=config.data.seq_len,
-            batch_rows=config.batch_rows,
-            seed=config.data.seed,
-            own_rows=own_rows,
-            skip=config.data.skip,
-            patience=patience,
-        ),
-        validation,
+        unique = dict.fromkeys(problems)  # each stage may find the same
+        raise ValueError("\n".join(["the prepared data does not fit the config:", *unique]))
+    training = TrainingDataset(
+        {name: stream for of in streams_by_source.values() for name, stream in of.items()},
+        RowOrder(changes, config.data.skip),
+        seq_len=config.data.seq_len,
+        seed=config.data.seed,
+        own_rows=own_rows,
+        patience=patience,
     )
+    return Datasets(training, validation)
 
 
 def open_prepared(config: Config, tokenizer: Tokenizer) -> Datasets:
@@ -134,13 +133,32 @@ def _training_streams(
     return streams
 
 
+def _source_shares(config: Config, weights: str) -> dict[str, int]:
+    """The millionths of each source that is read, by a stage's weights or the sources' own."""
+    given = named_weights(weights) or {s.name: s.weight for s in config.data.sources}
+    return dict(zip(given, millionths(list(given.values())), strict=True))
+
+
+def _change(
+    config: Config, stage: Stage, streams: Mapping[str, Mapping[str, Stream]], problems: list[str]
+) -> Change:
+    """What a stage reads."""
+    weights: dict[str, int] = {}
+    shares = _source_shares(config, stage.settings.weights)
+    for source in config.data.sources:
+        if source.name in shares:
+            weights |= _weights(source, shares[source.name], streams[source.name], problems)
+    ramp_steps = -(-stage.settings.ramp_tokens // stage.batch_tokens)
+    return Change(stage.first_step, stage.batch_rows, weights, ramp_steps)
+
+
 def _weights(
     source: SourceConfig, share: int, streams: Mapping[str, Stream], problems: list[str]
 ) -> dict[str, int]:
     """What each stream gets of the millionths of a source: by `subset_weights`, or its tokens."""
     if not streams:
         return {}
-    given = {f"{source.name}.{k}": w for k, w in subset_weights(source.subset_weights).items()}
+    given = {f"{source.name}.{k}": w for k, w in named_weights(source.subset_weights).items()}
     weights = given or {name: stream.num_tokens for name, stream in streams.items()}
     if weights.keys() != streams.keys():
         problems.append(

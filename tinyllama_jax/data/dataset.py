@@ -1,6 +1,6 @@
 """From prepared pages to batches: which windows each step reads, as a pure function.
 
-The rows of a run are counted from its start; step s reads rows `[s * R, (s + 1) * R)`. Row ->
+Row of a step ->
 (source, window) is a function of the manifests, the data config and its seed alone. Nothing
 iterates, so there is no iterator state to save: any step can be read at any time, by any number of
 hosts.
@@ -8,6 +8,7 @@ hosts.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,9 +17,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from tinyllama_jax.config_rules import skipped_ranges
 from tinyllama_jax.data.batch import Batch
-from tinyllama_jax.data.mixture import Mixture
+from tinyllama_jax.data.order import RowOrder
 from tinyllama_jax.data.read_ahead import read_ahead
 from tinyllama_jax.data.stream import Document, Stream, Windows
 
@@ -49,93 +49,59 @@ class _Rows:
 class TrainingDataset:
     """The batches of a pretraining run.
 
-    Each source is shuffled anew in each of its epochs; the sources are mixed exactly by weight.
+    Each source is shuffled anew in each of its epochs.
 
     Args:
       streams: the training split of each source, by name; each holds at least one window.
-      weights: each source's share of the rows, in any unit.
+      order: which rows of which source each step reads.
       seq_len: S, tokens per row.
-      batch_rows: R, rows per step.
       seed: of the shuffles.
       own_rows: which rows of a batch of so many this process reads; all, unless it is one of
         several.
-      skip: batches that are left out, as `data.skip`.
       patience: seconds until a read counts as hanging, as `read_ahead`; None: never.
     """
 
     def __init__(
         self,
         streams: Mapping[str, Stream],
-        weights: Mapping[str, float],
+        order: RowOrder,
         *,
         seq_len: int,
-        batch_rows: int,
         seed: int,
         own_rows: OwnRows = range,
-        skip: str = "",
         patience: float | None = None,
     ):
+        assert order.sources == tuple(sorted(streams)), (order.sources, sorted(streams))
+        self.order = order
         self.seq_len = seq_len
-        self.batch_rows = batch_rows
-        self.skip = skip
         self._patience = patience
-        self._own_rows = own_rows(batch_rows)
-        # In order of name, so that the order of the config's entries does not matter.
-        self.windows = {name: Windows(streams[name], seq_len) for name in sorted(streams)}
-        self._mixture = Mixture([weights[name] for name in self.windows])
-        self._shuffled = [
-            grain.MapDataset.source(_Rows(name, len(windows)))
+        self._own_rows = functools.cache(own_rows)
+        self.windows = {name: Windows(streams[name], seq_len) for name in order.sources}
+        self._shuffled = {
+            name: grain.MapDataset.source(_Rows(name, len(windows)))
             .shuffle(seed=_source_seed(seed, name))
             .repeat()
             for name, windows in self.windows.items()
+        }
+
+    def rows_at(self, step: int, chosen: OwnRows = range, skip: str | None = None) -> list[Row]:
+        """The rows of a step, as `RowOrder.rows_at`."""
+        return [
+            self._shuffled[name][index] for name, index in self.order.rows_at(step, chosen, skip)
         ]
-        self._rows = grain.MapDataset.select_from_datasets(self._shuffled, self._mixture)
-
-    def rows_at(self, step: int) -> list[Row]:
-        """The R rows of a step."""
-        return self._rows_of(step, range(self.batch_rows))
-
-    def _rows_of(self, step: int, rows: Sequence[int]) -> list[Row]:
-        first = self.batch_number(step) * self.batch_rows
-        return [self._rows[first + row] for row in rows]
 
     def windows_of(self, source: str, steps: int) -> Iterator[tuple[int, int]]:
         """The windows of one source that the first `steps` steps read: step and window."""
-        number = list(self.windows).index(source)
-        count = self._mixture.counts(self.batch_number(steps) * self.batch_rows)[number]
-        left_out = skipped_ranges(self.skip)
-        for index in range(count):
-            batch = self._mixture.row_of(number, index) // self.batch_rows
-            if not any(first <= batch < end for first, end in left_out):
-                step = batch - sum(end - first for first, end in left_out if end <= batch)
-                if step < steps:
-                    yield step, self._shuffled[number][index].window
+        for step, index in self.order.rows_of(source, steps):
+            yield step, self._shuffled[source][index].window
 
-    def batch_number(self, step: int, skip: str | None = None) -> int:
-        """Which batch a step reads: all in order but those left out."""
-        assert step >= 0, step
-        for first, end in skipped_ranges(self.skip if skip is None else skip):
-            if step >= first:
-                step += end - first
-        return step
+    def batch_number(self, step: int) -> int:
+        """As `RowOrder.batch_number`."""
+        return self.order.batch_number(step)
 
     def require_same_past(self, step: int, skip: str) -> None:
-        """Checks that a run that left out `skip` saw before `step` what this one sees.
-
-        Raises:
-          ValueError: batches are left out that lie before it.
-        """
-        there = self.batch_number(step, skip)
-
-        def past(text: str) -> list[tuple[int, int]]:
-            return [(a, min(b, there)) for a, b in skipped_ranges(text) if a < there]
-
-        if past(skip) != past(self.skip):
-            raise ValueError(
-                f'data.skip = "{self.skip}" leaves out other batches before step {step}, where the '
-                f'run goes on, than the run did ("{skip}"); name an earlier step with --resume, or '
-                f"leave out batches from {there} on"
-            )
+        """As `RowOrder.require_same_past`."""
+        self.order.require_same_past(step, skip)
 
     def batch_at(self, step: int) -> Batch:
         """This process's rows of a step: tokens and targets int32, every loss weight 1.
@@ -146,7 +112,7 @@ class TrainingDataset:
           DamagedDataError: a page that the step needs is damaged.
           OSError: the disk does not give it.
         """
-        rows = self._rows_of(step, self._own_rows)
+        rows = self.rows_at(step, self._own_rows)
         ids = np.stack([self.windows[row.source][row.window] for row in rows])
         return _batch(ids, np.ones((len(rows), self.seq_len), np.float32))
 
@@ -154,25 +120,14 @@ class TrainingDataset:
         """The documents that a step sees, row by row."""
         return [self.windows[row.source].documents(row.window) for row in self.rows_at(step)]
 
-    def _counts_at(self, step: int) -> tuple[int, ...]:
-        """How many rows of each source lie before the end of the last step before `step`."""
-        batches = self.batch_number(step - 1) + 1 if step else 0
-        return self._mixture.counts(batches * self.batch_rows)
-
     def tokens_at(self, step: int) -> dict[str, int]:
-        """Tokens of each source that the steps before `step` read or left out."""
-        counts = self._counts_at(step)
-        return {
-            name: count * self.seq_len for name, count in zip(self.windows, counts, strict=True)
-        }
+        """Tokens of each source that the steps before `step` have gone through."""
+        return {name: n * self.seq_len for name, n in self.order.counts_at(step).items()}
 
     def epochs_at(self, step: int) -> dict[str, float]:
         """How often the steps before `step` have gone through each source."""
-        counts = self._counts_at(step)
-        return {
-            name: count / len(windows)
-            for (name, windows), count in zip(self.windows.items(), counts, strict=True)
-        }
+        counts = self.order.counts_at(step)
+        return {name: counts[name] / len(windows) for name, windows in self.windows.items()}
 
     def fingerprint(self, step: int, steps: int = 64, skip: str | None = None) -> str:
         """A sha256 of what the steps `[step, step + steps)` read.
@@ -182,13 +137,12 @@ class TrainingDataset:
         It covers the rows and the hashes of the shards they are cut from: a run that finds another
         value than its checkpoint holds would go on with other data than it began with.
         """
-        digest = hashlib.sha256(f"{self.seq_len} {self.batch_rows}\n".encode())
+        digest = hashlib.sha256(f"{self.seq_len} {self.order.changes[0].batch_rows}\n".encode())
         for name, windows in self.windows.items():
             shards = windows.stream.manifest.shards
             digest.update(f"{name} {' '.join(shard.sha256 for shard in shards)}\n".encode())
         for at in range(step, step + steps):
-            first = self.batch_number(at, skip) * self.batch_rows
-            rows = (self._rows[row] for row in range(first, first + self.batch_rows))
+            rows = self.rows_at(at, skip=skip)
             digest.update("".join(f"{name} {window}\n" for name, window in rows).encode())
         return digest.hexdigest()
 
@@ -207,17 +161,26 @@ class TrainingDataset:
 
     def describe(self, steps: int) -> str:
         """One line per source: its size, what is left out of it, its share of the rows, and how
-        often a run of so many steps goes through it."""
-        epochs = self.epochs_at(steps)
-        return "\n".join(
+        often a run of so many steps goes through it. A line per change, of the shares then."""
+        changes = self.order.changes
+        epochs, shares = self.epochs_at(steps), self.order.shares(changes[0])
+        if len(changes) > 1:
+            counts = self.order.counts_at(steps)
+            shares = {name: n / sum(counts.values()) for name, n in counts.items()}
+        lines = [
             f"{name}: {windows.stream.num_tokens:,} tokens in "
             f"{windows.stream.manifest.documents:,} documents, {len(windows):,} windows of "
             f"{self.seq_len} ({windows.left_out} tokens of the last, incomplete one left out), "
-            f"{share / 10_000:g}% of the rows, {epochs[name]:.3g} epochs"
-            for (name, windows), share in zip(
-                self.windows.items(), self._mixture.millionths, strict=True
+            f"{100 * shares[name]:.6g}% of the rows, {epochs[name]:.3g} epochs"
+            for name, windows in self.windows.items()
+        ]
+        for change in changes if len(changes) > 1 else ():
+            mixed = ", ".join(f"{n} {100 * s:.6g}%" for n, s in self.order.shares(change).items())
+            lines.append(
+                f"from step {change.step + 1:,}: {change.batch_rows:,} rows a step, {mixed}"
+                + (f", reached over {change.ramp_steps:,} steps" if change.ramp_steps else "")
             )
-        )
+        return "\n".join(lines)
 
 
 def _source_seed(seed: int, source: str) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 
-import grain
 import numpy as np
 
+_RAMP_ROWS = 1 << 24  # of 2,048 tokens: 34 billion tokens, which take 0.4 GB to lay out
 PERIOD = 1_000_000  # rows after which the pattern repeats; weights are whole multiples of 1/PERIOD
 
 
@@ -64,7 +63,29 @@ def _apportioned(total: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-class Mixture(grain.transforms.DatasetSelectionMap):
+class _Table:
+    """Rows laid out once: each row of a source goes where its place is among all sources' places.
+
+    Attributes:
+      rows: of each source, its rows, ascending.
+      source, index: of each row, whose it is and its how-manieth.
+    """
+
+    def __init__(self, places: Sequence[np.ndarray]):
+        counts = [len(of_source) for of_source in places]
+        total = sum(counts)
+        order = np.argsort(np.concatenate(places), kind="stable")
+        rows = np.empty(total, np.int32)
+        rows[order] = np.arange(total, dtype=np.int32)
+        self.rows = np.split(rows, np.cumsum(counts)[:-1])
+        self.source = np.empty(total, np.min_scalar_type(len(counts)))
+        self.index = np.empty(total, np.int32)
+        for source, rows_of_source in enumerate(self.rows):
+            self.source[rows_of_source] = source
+            self.index[rows_of_source] = np.arange(len(rows_of_source), dtype=np.int32)
+
+
+class Mixture:
     """Row -> (source, index within the source): any row in constant time, exact for ever.
 
     One period of 1,000,000 rows is laid out so that source k has exactly `millionths[k]` rows in
@@ -85,33 +106,59 @@ class Mixture(grain.transforms.DatasetSelectionMap):
             ((2 * np.arange(count, dtype=np.int64) + 1) * PERIOD << 20) // count
             for count in self.millionths
         ]
-        order = np.argsort(np.concatenate(places), kind="stable")
-        rows = np.empty(PERIOD, np.int32)
-        rows[order] = np.arange(PERIOD, dtype=np.int32)
-        self._rows = np.split(rows, np.cumsum(self.millionths)[:-1])  # of each source, ascending
-        self._source = np.empty(PERIOD, np.min_scalar_type(len(self.millionths)))
-        self._index = np.empty(PERIOD, np.int32)
-        for source, rows_of_source in enumerate(self._rows):
-            self._source[rows_of_source] = source
-            self._index[rows_of_source] = np.arange(len(rows_of_source), dtype=np.int32)
-
-    def __len__(self) -> int:
-        return sys.maxsize
+        self._table = _Table(places)
 
     def __getitem__(self, row: int) -> tuple[int, int]:
         period, place = divmod(row, PERIOD)
-        source = int(self._source[place])
-        return source, period * self.millionths[source] + int(self._index[place])
+        source = int(self._table.source[place])
+        return source, period * self.millionths[source] + int(self._table.index[place])
 
     def row_of(self, source: int, index: int) -> int:
         """The row that reads `index` of `source`: what `[row]` is the inverse of."""
         period, place = divmod(index, self.millionths[source])
-        return period * PERIOD + int(self._rows[source][place])
+        return period * PERIOD + int(self._table.rows[source][place])
 
     def counts(self, rows: int) -> tuple[int, ...]:
         """How many of the first `rows` rows come from each source."""
         periods, rest = divmod(rows, PERIOD)
         return tuple(
             periods * count + int(np.searchsorted(rows_of_source, rest))
-            for count, rows_of_source in zip(self.millionths, self._rows, strict=True)
+            for count, rows_of_source in zip(self.millionths, self._table.rows, strict=True)
         )
+
+
+class Ramp:
+    """As `Mixture`, of so many rows, whose proportions go from one to another on a straight line.
+
+    Of the first n of N rows, source k is to have a_k n + (b_k - a_k) n^2 / 2N, where a_k and b_k
+    are its shares at the beginning and at the end; its j-th row lies where that is j + 1/2.
+
+    Raises:
+      ValueError: it has no rows, or too many to be laid out.
+    """
+
+    def __init__(self, before: Sequence[float], after: Sequence[float], rows: int):
+        if not 0 < rows <= _RAMP_ROWS:
+            raise ValueError(
+                f"the mixture is to change over {rows:,} rows, but it can be over 1 to "
+                f"{_RAMP_ROWS:,}; set ramp_tokens to fewer, or make several stages of it"
+            )
+        a, b = (np.array(shares, np.float64) / sum(shares) for shares in (before, after))
+        counts = _apportioned(rows, [float(mean) for mean in (a + b) / 2])
+        places = []
+        for share, slope, count in zip(a, b - a, counts, strict=True):
+            # In proportion, so that the whole count lies within the ramp.
+            wanted = (np.arange(count) + 0.5) * ((share + slope / 2) / max(count, 1))
+            places.append(2 * wanted / (share + np.sqrt(share * share + 2 * slope * wanted)))
+        self._table = _Table(places)
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        return int(self._table.source[row]), int(self._table.index[row])
+
+    def row_of(self, source: int, index: int) -> int:
+        """As `Mixture.row_of`."""
+        return int(self._table.rows[source][index])
+
+    def counts(self, rows: int) -> tuple[int, ...]:
+        """As `Mixture.counts`."""
+        return tuple(int(np.searchsorted(of_source, rows)) for of_source in self._table.rows)

@@ -109,7 +109,7 @@ def estimate(
     exposed = in_between + max(0.0, communication - in_between - matmul_seconds)
     seconds = matmul_seconds + attention_seconds + moved / gpu.bandwidth + exposed
     per_second = config.training.global_batch_tokens / seconds / cluster.size
-    run_seconds = config.total_steps * seconds
+    run_seconds = config.training.train_tokens / (per_second * cluster.size)
     return Estimate(
         matmul_seconds=matmul_seconds,
         attention_seconds=attention_seconds,

@@ -21,7 +21,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,13 +61,18 @@ class Checkpointer:
     Args:
       run_dir: the run directory.
       settings: how many steps are kept.
-      tokens_per_step: tokens per optimizer step, for milestones.
+      tokens_at: the tokens that so many steps see, for milestones; unless given, as many.
     """
 
-    def __init__(self, run_dir: Path, settings: CheckpointConfig, tokens_per_step: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: CheckpointConfig,
+        tokens_at: Callable[[int], int] = lambda step: step,
+    ):
         self._directory = Path(run_dir).resolve() / CHECKPOINTS
         self._settings = settings
-        self._tokens_per_step = tokens_per_step
+        self._tokens_at = tokens_at
         self._sealing: threading.Thread | None = None
         self._failed = False
         self._failures: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
@@ -233,7 +238,7 @@ class Checkpointer:
             [step for step in sealed if step <= newest],
             self._settings.keep_last,
             self._settings.milestone_tokens,
-            self._tokens_per_step,
+            self._tokens_at,
         )
         for step in sealed:
             params_only = not (self._directory / str(step) / "training").is_dir()

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from tinyllama_jax.config import Config, differences, freeze, to_dict
+from tinyllama_jax.config import NAMED, Config, freeze, to_dict
 from tinyllama_jax.durable import write_durably
 from tinyllama_jax.runs.metrics import METRICS
 
@@ -80,6 +80,42 @@ def resolve_run(path: str | Path) -> Path:
     raise ValueError(
         f"{run_dir} is not a run directory: it has no {CONFIG}, which training writes first{hint}"
     )
+
+
+def differences(saved: Config, now: Config) -> tuple[list[str], list[str]]:
+    """Compares the config of a run with the one that would continue it.
+
+    Returns:
+      Two lists of lines "setting: saved -> now": those that change what the run computes, and those
+      that a resumed run may change (rounding, cost and reporting only).
+    """
+    matters: list[str] = []
+    harmless: list[str] = []
+
+    def walk(a: Any, b: Any, path: str) -> None:
+        for field in dataclasses.fields(a):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            name = f"{path}{field.name}"
+            if dataclasses.is_dataclass(x):
+                walk(x, y, f"{name}.")
+            elif field.name in NAMED:
+                walk_named({e.name: e for e in x}, {e.name: e for e in y}, name)
+            elif x != y:
+                embedded = getattr(b, "format", "") == "embedded"  # whose path names its part
+                free = field.metadata.get("may_change") and not embedded
+                lines = harmless if free else matters
+                lines.append(f"{name}: {x!r} -> {y!r}")
+
+    def walk_named(a: dict[str, Any], b: dict[str, Any], path: str) -> None:
+        for name in sorted(a.keys() | b.keys()):
+            if name in a and name in b:
+                walk(a[name], b[name], f"{path}.{name}.")
+            else:
+                there, here = ("there", "none") if name in a else ("none", "there")
+                matters.append(f"{path}.{name}: {there} -> {here}")
+
+    walk(saved, now, "")
+    return matters, harmless
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:

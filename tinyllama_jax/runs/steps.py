@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinyllama_jax.durable import sync_directory
@@ -23,18 +23,19 @@ _TRANSIENT = re.compile(r"\d+\.(unsealed|replaced|superseded|removed)")
 
 
 def steps_to_keep(
-    steps: Sequence[int], keep_last: int, milestone_tokens: int, tokens_per_step: int
+    steps: Sequence[int], keep_last: int, milestone_tokens: int, tokens_at: Callable[[int], int]
 ) -> set[int]:
     """The newest `keep_last` steps, and the first step at or past each multiple of
     `milestone_tokens` (0: none) tokens.
 
     Args:
       steps: the sealed steps, ascending.
+      tokens_at: the tokens that so many steps see.
     """
     keep = set(steps[-keep_last:])
     reached = 0
     for step in steps if milestone_tokens else ():
-        multiple = step * tokens_per_step // milestone_tokens
+        multiple = tokens_at(step) // milestone_tokens
         if multiple > reached:
             keep.add(step)
             reached = multiple

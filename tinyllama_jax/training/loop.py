@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,16 +100,13 @@ def train(
     watchdog = Watchdog(run_dir, config.watchdog.seconds)
     validate = make_validation(config, model, loss_fn, validation, reached, watchdog)
     total_steps = config.total_steps
-    batch_rows = config.batch_rows
 
     with (
         MetricsWriter(run_dir, tensorboard=config.logging.tensorboard)
         if distributed.is_main()
         else NoMetrics() as writer,
         contextlib.ExitStack() as in_the_end,
-        Checkpointer(
-            run_dir, config.checkpoint, config.training.global_batch_tokens
-        ) as checkpoints,
+        Checkpointer(run_dir, config.checkpoint, config.tokens_at) as checkpoints,
         watchdog,
     ):
 
@@ -162,25 +158,27 @@ def train(
             data.prefetch(start, total_steps) as batches,
             Progress(total_steps, "steps", initial=start) as progress,
         ):
-            first_batch = next(batches)
-            with watchdog.paused():
-                began = time.perf_counter()
-                compiled_step = step_fn.lower(
-                    state, rules.place_rows(first_batch, batch_rows)
-                ).compile()
-                seconds = time.perf_counter() - began
             chosen = attention.resolve(
                 model.compute_dtype, config.model.head_dim, config.data.seq_len,
                 config.data.document_mask,
             )  # fmt: skip
-            name = config.model.attention.replace("auto", chosen)
-            progress.say(f"compiled the train step in {seconds:.1f} s, attention: {name}")
-            batches = itertools.chain([first_batch], batches)
+            attention_name = config.model.attention.replace("auto", chosen)
+
+            def compiled(state: TrainState, batch: Batch, rows: int) -> jax.stages.Compiled:
+                began = time.perf_counter()
+                with timer.paused(), watchdog.paused():
+                    program = step_fn.lower(state, batch).compile()
+                seconds = time.perf_counter() - began
+                progress.say(
+                    f"compiled the train step of {rows} rows in {seconds:.1f} s, attention: "
+                    f"{attention_name}"
+                )
+                return program
 
             def finish(step: int, metrics: Metrics) -> None:
                 """Waits for a step on the device, and logs it where it is due."""
                 jax.block_until_ready(metrics)
-                timer.count_step()
+                timer.count_step(config.stage_at(step - 1).batch_tokens)
                 watchdog.beat()
                 progress.advance()
                 write_failed_saves()
@@ -203,13 +201,20 @@ def train(
             check = make_checks(model, loss_fn, config)
             timer = StepTimer(config)
             in_flight: tuple[int, Metrics] | None = None
+            programs: dict[int, jax.stages.Compiled] = {}  # by rows per step, the one in use
             for step in range(start + 1, total_steps + 1):
+                rows = config.stage_at(step - 1).batch_rows
                 with timer.waiting_for_data():
-                    batch = rules.place_rows(next(batches), batch_rows)
+                    batch = rules.place_rows(next(batches), rows)
+                if rows not in programs:
+                    if in_flight is not None:
+                        finish(*in_flight)
+                        in_flight = None
+                    programs = {rows: compiled(state, batch, rows)}
                 if _is_due(step, config.guard.verify_every_steps):
                     with timer.paused(), watchdog.paused():
                         check(step, state.params, batch)
-                state, metrics = compiled_step(state, batch)
+                state, metrics = programs[rows](state, batch)
                 # One step is always queued behind the one that runs, so the device never waits
                 # for the host, and the host never runs further ahead.
                 if in_flight is not None:
@@ -328,7 +333,7 @@ def _asked_to_end(step: int, goes_on: int) -> str:
 
 
 def _at(step: int, config: Config) -> dict[str, int]:
-    return {"step": step, "tokens_seen": step * config.training.global_batch_tokens}
+    return {"step": step, "tokens_seen": config.tokens_at(step)}
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from tinyllama_jax.config import OptimizerConfig
+from tinyllama_jax.config import Config, OptimizerConfig, Stage
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[jax.Array | float], jax.Array]
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping by global norm, Adam's direction and decoupled weight decay.
 
-    The updates are not yet scaled: the train step multiplies them by `-make_schedule(...)(step)`,
+    The updates are not yet scaled: the train step multiplies them by `-run_schedule(...)(step)`,
     so that the learning rate follows the run's step and nothing else.
     """
     clip = optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm else None
-    stages = [
+    chained = [
         clip,
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config.weight_decay_rule)),
     ]
-    return optax.chain(*(stage for stage in stages if stage is not None))
+    return optax.chain(*(each for each in chained if each is not None))
 
 
 def decay_mask(rule: str) -> Callable[[dict], dict] | None:
@@ -37,6 +38,44 @@ def decay_mask(rule: str) -> Callable[[dict], dict] | None:
         return not path[-1].key.endswith("norm")
 
     return lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def run_schedule(config: Config) -> Schedule:
+    """The learning rate of each step of a run, as `make_schedule`.
+
+    The run's schedule goes by tokens: in a stage of larger batches it moves on by as many of the
+    run's steps as a batch there is larger. A stage with a schedule of its own follows that from
+    its first step on.
+    """
+    training = config.training
+    whole = make_schedule(
+        config.optimizer, -(-training.train_tokens // training.global_batch_tokens)
+    )
+
+    def of_stage(stage: Stage) -> Schedule:
+        settings = stage.settings
+        if settings.schedule:
+            own = dataclasses.replace(
+                config.optimizer, schedule=settings.schedule, decay_steps=0,
+                learning_rate=settings.learning_rate, warmup_steps=settings.warmup_steps,
+                min_learning_rate=settings.min_learning_rate,
+            )  # fmt: skip
+            schedule = make_schedule(own, stage.end_step - stage.first_step)
+            return lambda step: schedule(step - stage.first_step)
+        begun = stage.first_token / training.global_batch_tokens
+        pace = stage.batch_tokens / training.global_batch_tokens
+        return lambda step: whole(begun + pace * (step - stage.first_step))
+
+    schedules = [of_stage(stage) for stage in config.timeline]
+
+    def schedule(step: jax.Array | float) -> jax.Array:
+        step = jnp.asarray(step, jnp.int32)
+        rate = schedules[0](step)
+        for stage, of_step in zip(config.timeline[1:], schedules[1:], strict=True):
+            rate = jnp.where(step >= stage.first_step, of_step(step), rate)
+        return rate
+
+    return schedule
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
@@ -58,7 +97,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     else:
         start, length = warmup, config.decay_steps or total_steps - warmup
 
-    def schedule(step: jax.Array | int) -> jax.Array:
+    def schedule(step: jax.Array | float) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - start) / length, 0.0, 1.0)
         shape = (

@@ -10,7 +10,7 @@ from importlib import metadata
 
 import jax
 
-from tinyllama_jax.config import Config, SourceConfig
+from tinyllama_jax.config import Config, SourceConfig, Stage
 from tinyllama_jax.config_rules import validate
 from tinyllama_jax.data.prepare import examine_source
 from tinyllama_jax.data.workers import available_cores
@@ -84,6 +84,7 @@ def examine(config: Config, run_dir: pathlib.Path) -> list[Finding]:
     parameters = parameter_count(config.model)
     findings += [_batch(config, parameters, rows_over), *_learning_rate(config)]
     findings += [
+        *_stages(config),
         *_precision(config),
         *_remat(config),
         _memory(parameters, shape[1] * shape[2]),
@@ -114,6 +115,24 @@ def _batch(config: Config, parameters: int, rows_over: int) -> Finding:
         f"{training.train_tokens:,} tokens, {training.train_tokens / parameters:.3g} per parameter "
         f"({parameters:,})",
     )
+
+
+def _stages(config: Config) -> list[Finding]:
+    """What the stages of a run are, a line each."""
+
+    def text(stage: Stage) -> str:
+        settings = stage.settings
+        o = settings if settings.schedule else config.optimizer
+        rate = f"{o.schedule} from {o.learning_rate:g} to {o.min_learning_rate:g}"
+        if not settings.schedule:
+            rate = "the run's learning rate"
+        slowly = f", reached over {settings.ramp_tokens:,} tokens" if settings.ramp_tokens else ""
+        return (
+            f"steps {stage.first_step + 1:,} to {stage.end_step:,} of {stage.batch_tokens:,} "
+            f"tokens, {settings.weights or 'all sources'}{slowly}, {rate}"
+        )
+
+    return [Finding(stage.settings.name, text(stage)) for stage in config.timeline if config.stages]
 
 
 def _learning_rate(config: Config) -> list[Finding]:

@@ -17,7 +17,7 @@ from tinyllama_jax.parallel import mesh, rules
 from tinyllama_jax.parallel.mesh import P
 from tinyllama_jax.training.guard import Guard, choose, judge
 from tinyllama_jax.training.losses import LossFunction, LossSums
-from tinyllama_jax.training.optimizer import make_schedule
+from tinyllama_jax.training.optimizer import run_schedule
 
 Metrics = dict[str, jax.Array]
 
@@ -63,6 +63,7 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """Builds `step(state, batch, frozen=None) -> (state, metrics)`, jitted, with state donated.
 
+    A stage's batch may have more rows than another's: each number of rows is a program of its own.
     The batch is cut into micro-batches of `training.micro_batch_size` rows on each device, whose
     gradients are summed in float32 (over devices, those of layers in the compute dtype). The loss
     is `sum(w * l) / sum(w)` over the whole batch: the denominator is summed before dividing, so
@@ -74,7 +75,7 @@ def make_train_step(
     (before clipping) and `learning_rate`, float32; `skipped_steps` (since the run began) and
     `skipped_in_a_row`, int32.
     """
-    schedule = make_schedule(config.optimizer, config.total_steps)
+    schedule = run_schedule(config)
 
     def step(
         state: TrainState, batch: Batch, frozen: Params | None = None

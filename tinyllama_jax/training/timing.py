@@ -17,7 +17,6 @@ class StepTimer:
     """Averages over the steps between two reads; time inside `paused()` does not count."""
 
     def __init__(self, config: Config):
-        self._tokens_per_step = config.training.global_batch_tokens
         device = jax.local_devices()[0]
         self._device = device
         self._flops_per_token: dict[str, float] = {}
@@ -32,7 +31,8 @@ class StepTimer:
         self._reset()
 
     def _reset(self) -> None:
-        self._began, self._paused, self._data_wait, self._steps = time.perf_counter(), 0.0, 0.0, 0
+        self._began, self._paused, self._data_wait = time.perf_counter(), 0.0, 0.0
+        self._steps = self._tokens = 0
         self._stall: float | None = None
 
     @contextlib.contextmanager
@@ -49,9 +49,10 @@ class StepTimer:
         yield
         self._data_wait += time.perf_counter() - began
 
-    def count_step(self) -> None:
-        """A step has finished on the device."""
+    def count_step(self, tokens: int) -> None:
+        """A step of so many tokens has finished on the device."""
         self._steps += 1
+        self._tokens += tokens
 
     def count_stall(self, seconds: float) -> None:
         """A save has held training up."""
@@ -59,8 +60,8 @@ class StepTimer:
 
     def read(self) -> dict[str, float]:
         """The averages since the last read, as metrics.jsonl names them; starts anew."""
-        step_seconds = (time.perf_counter() - self._began - self._paused) / self._steps
-        tokens_per_second = self._tokens_per_step / step_seconds
+        seconds = time.perf_counter() - self._began - self._paused
+        step_seconds, tokens_per_second = seconds / self._steps, self._tokens / seconds
         result = {
             "tokens_per_second": tokens_per_second,
             "step_seconds": step_seconds,

@@ -1,0 +1,171 @@
+"""The order of a run whose mixture and batch change: exact, without gap, without repetition."""
+
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyllama_jax.data.order import Change, RowOrder
+
+STAGED = (
+    Change(0, 4, {"web": 1.0}),
+    Change(50, 4, {"web": 0.6, "code": 0.3, "math": 0.1}, ramp_steps=20),
+    Change(100, 16, {"web": 0.6, "code": 0.4}),
+    Change(130, 8, {"code": 0.5, "math": 0.5}, ramp_steps=10),
+)
+STEPS = 160
+SKIPS = ("", "10:12", "49:51", "0:3,55:60", "48:120", "69:70,100:101,133:150")
+
+
+def by_hand(order, skip):
+    """What each step reads, walking through the batches in order with a counter per source.
+
+    Only which source a row is of is taken from the order; numbering rows is done anew here.
+    """
+    left_out = {
+        batch for part in skip.split(",") if part for batch in range(*map(int, part.split(":")))
+    }
+    counters: collections.Counter[str] = collections.Counter()
+    seen, batch = [], 0
+    for step in range(STEPS):
+        while batch in left_out:
+            # A batch that is left out is one that the next step would have read.
+            for name, _ in _rows_of_batch(order, batch):
+                counters[name] += 1
+            batch += 1
+        rows = []
+        for name, _ in order.rows_at(step):
+            rows.append((name, counters[name]))
+            counters[name] += 1
+        seen.append(rows)
+        batch += 1
+    return seen
+
+
+def _rows_of_batch(order, batch):
+    stretch = order._stretch_of(batch, order.skip)
+    first = (batch - stretch.first_batch) * stretch.batch_rows
+    found = (stretch.mixture[first + row] for row in range(stretch.batch_rows))
+    return [(stretch.sources[number], index) for number, index in found]
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_each_source_is_read_on_from_where_it_was(skip):
+    order = RowOrder(STAGED, skip)
+    expected = by_hand(order, skip)
+    assert [order.rows_at(step) for step in range(STEPS)] == expected
+    assert [len(rows) for rows in expected] == [4] * 100 + [16] * 30 + [8] * 30
+    read = [row for rows in expected for row in rows]
+    assert len(read) == len(set(read))  # nothing twice
+    assert {name for name, _ in read[:200]} == {"web"}
+    # Without batches left out, nothing is passed over either.
+    if not skip:
+        for source in order.sources:
+            indexes = [index for name, index in read if name == source]
+            assert indexes == list(range(len(indexes)))
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_the_rows_of_a_source_are_found_from_the_other_side(skip):
+    order = RowOrder(STAGED, skip)
+    for steps in (0, 1, 49, 50, 51, 70, 71, 115, STEPS):
+        for source in order.sources:
+            expected = [
+                (step, index)
+                for step in range(steps)
+                for name, index in order.rows_at(step)
+                if name == source
+            ]
+            assert sorted(order.rows_of(source, steps)) == sorted(expected), (steps, source)
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_counts_are_those_of_the_rows_gone_through(skip):
+    order = RowOrder(STAGED, skip)
+    counted = dict.fromkeys(order.sources, 0)
+    assert order.counts_at(0) == counted
+    for step in range(STEPS):
+        for name, index in order.rows_at(step):
+            counted[name] = index + 1  # the last one read of each, left-out rows before it included
+        counts = order.counts_at(step + 1)
+        assert all(counts[name] >= counted[name] for name in counted)
+        if not skip:
+            assert counts == counted
+
+
+def test_shares_are_those_of_each_stage_and_rise_on_a_straight_line():
+    changes = (
+        Change(0, 100, {"web": 1.0}),
+        Change(100, 100, {"web": 0.75, "code": 0.25}, ramp_steps=400),
+    )
+    order = RowOrder(changes)
+    share = [sum(name == "code" for name, _ in order.rows_at(step)) / 100 for step in range(1000)]
+    assert share[:100] == [0] * 100
+    assert share[500:] == pytest.approx([0.25] * 500, abs=0.011)
+    middle = (np.arange(400) + 0.5) / 400 * 0.25
+    assert np.abs(np.array(share[100:500]) - middle).max() < 0.02  # two rows of a hundred
+    assert order.counts_at(500)["code"] == 40_000 * 0.125
+    assert order.shares(changes[1]) == {"code": 0.25, "web": 0.75}
+
+
+def test_a_run_of_one_stage_does_not_hang_on_where_it_is_cut():
+    """A border with nothing new after it only begins the pattern of the mixture anew."""
+    whole = RowOrder([Change(0, 8, {"a": 7, "b": 3})])
+    cut = RowOrder([Change(0, 8, {"a": 7, "b": 3}), Change(125_000, 8, {"a": 7, "b": 3})])
+    for step in (0, 124_999, 125_000, 125_001, 999_999):
+        assert cut.rows_at(step) == whole.rows_at(step)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 12),
+            st.integers(1, 5),
+            st.sampled_from([{"a": 1}, {"a": 2, "b": 1}, {"b": 1, "c": 1}, {"a": 7, "c": 2}]),
+            st.integers(0, 6),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=3),
+)
+def test_any_stages_with_any_batches_left_out_read_nothing_twice(stages, ranges):
+    changes, step = [], 0
+    for length, rows, weights, ramp in stages:
+        changes.append(Change(step, rows, weights, min(ramp, length) if step else 0))
+        step += length
+    skip = ",".join(f"{first}:{first + length}" for first, length in ranges)
+    order = RowOrder(changes, skip)
+    read = [row for at in range(step + 5) for row in order.rows_at(at)]
+    assert len(read) == len(set(read))
+    without = RowOrder(changes)
+    first = min((begin for begin, _ in ranges), default=step)
+    for at in range(min(first, step)):
+        assert order.rows_at(at) == without.rows_at(at)  # what was before is as it was
+    for source in order.sources:
+        backwards = sorted(order.rows_of(source, step))
+        forwards = [
+            (at, i) for at in range(step) for name, i in order.rows_at(at) if name == source
+        ]
+        assert backwards == sorted(forwards)
+
+
+def test_a_process_reads_its_own_rows():
+    order = RowOrder(STAGED)
+    for step in (0, 60, 110, 140):
+        rows = order.rows_at(step)
+        assert order.rows_at(step, lambda n: range(n // 2, n)) == rows[len(rows) // 2 :]
+
+
+def test_batches_left_out_after_a_step_change_nothing_before_it():
+    plain, rewound = RowOrder(STAGED), RowOrder(STAGED, "52:60")
+    rewound.require_same_past(52, "")
+    assert [plain.rows_at(step) for step in range(52)] == [
+        rewound.rows_at(step) for step in range(52)
+    ]
+    assert plain.rows_at(52, skip="52:60") == rewound.rows_at(52)
+    with pytest.raises(ValueError, match="leaves out other batches before step 53"):
+        rewound.require_same_past(53, "")
