@@ -8,7 +8,6 @@ hosts.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -75,7 +74,8 @@ class TrainingDataset:
         self.order = order
         self.seq_len = seq_len
         self._patience = patience
-        self._own_rows = functools.cache(own_rows)
+        # Asked here: the mesh that decides is not in use in the thread that reads ahead.
+        self._own_rows = {rows: own_rows(rows) for rows in {c.batch_rows for c in order.changes}}
         self.windows = {name: Windows(streams[name], seq_len) for name in order.sources}
         self._shuffled = {
             name: grain.MapDataset.source(_Rows(name, len(windows)))
@@ -112,7 +112,7 @@ class TrainingDataset:
           DamagedDataError: a page that the step needs is damaged.
           OSError: the disk does not give it.
         """
-        rows = self.rows_at(step, self._own_rows)
+        rows = self.rows_at(step, self._own_rows.__getitem__)
         ids = np.stack([self.windows[row.source][row.window] for row in rows])
         return _batch(ids, np.ones((len(rows), self.seq_len), np.float32))
 
