@@ -18,7 +18,7 @@ def slow_but_the_quickstart(path):
     return pytest.param(path, marks=marks, id=path.stem)
 
 
-@pytest.mark.parametrize("path", map(slow_but_the_quickstart, NOTEBOOKS))
+@pytest.mark.parametrize("path", [*map(slow_but_the_quickstart, NOTEBOOKS)])
 def test_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()

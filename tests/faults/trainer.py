@@ -67,6 +67,7 @@ class Trainer:
         program: tuple[str, ...] = DOOR,
         other_program: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
+        config: str = "configs/tiny_debug.py",
     ) -> "Run":
         """Processes that train in `run_dir`, or go on there, with so many devices each.
 
@@ -83,7 +84,7 @@ class Trainer:
                     "JAX_PROCESS_ID": str(number),
                 }  # fmt: skip
             what = other_program if number and other_program else program
-            command = [sys.executable, *what, "--config=configs/tiny_debug.py"]
+            command = [sys.executable, *what, f"--config={config}"]
             with open(log_of(run_dir, number), "ab") as log:
                 started.append(
                     subprocess.Popen(

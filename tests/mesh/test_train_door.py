@@ -60,6 +60,7 @@ def test_a_run_on_8_devices_is_the_run_on_one(alone):
     ) < 1e-5  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(alone):
     """Killed on 4 devices along fsdp, it goes on on 2 along data, and ends on one."""
     run = alone / "moved"
