@@ -110,6 +110,18 @@ def megabytes_used(path):
     return "\n".join(said), int(used)
 
 
+@pytest.mark.parametrize("lines", [1, 200_000])
+def test_memory_follows_the_document_not_the_file(tmp_path, lines):
+    """60 MB of JSONL, as one line or as 200,000, cost a few times the longest line."""
+    size = 60_000_000
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for _ in range(lines):
+            file.write('{"text": "' + "sixteen letters " * (size // 16 // lines) + '"}\n')
+    said, used = megabytes_used(tmp_path / "a.jsonl")
+    assert said == ""
+    assert used < 5 * size / lines / 1e6 + 20
+
+
 def test_a_bomb(tmp_path):
     """1 GB of one letter in 33 kB of zstd."""
     packer = zstandard.ZstdCompressor().compressobj()

@@ -442,34 +442,3 @@ def test_the_end_of_a_long_text_file_is_held_out(tmp_path):
     assert training.text + validation.text == text
     assert training.text.endswith("\n")
     assert 0.009 < len(validation.text) / len(text) < 0.0101
-
-
-# --- memory
-
-
-@pytest.mark.parametrize("lines", [1, 200_000])
-def test_memory_follows_the_document_not_the_file(tmp_path, lines):
-    """60 MB of JSONL, as one line or as 200,000, cost a few times the longest line."""
-    size = 60_000_000
-    with open(tmp_path / "a.jsonl", "w") as file:
-        for _ in range(lines):
-            file.write('{"text": "' + "sixteen letters " * (size // 16 // lines) + '"}\n')
-    program = textwrap.dedent("""
-        import resource, sys
-        from tinyllama_jax.config import SourceConfig
-        from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
-        source = SourceConfig(path=sys.argv[1])
-        def peak():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        before = peak()
-        count = 0
-        for entry in list_inputs(source):
-            for document in read_documents(source, entry, Tally()):
-                count += 1
-        print(count, peak() - before)
-    """)
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    count, used = map(int, result.stdout.split())
-    assert count == lines
-    assert used < 5 * size / lines + 20_000_000

@@ -6,8 +6,7 @@ reads `DOWNLOADS/SlimPajama-627B/{train,validation,test}` or `DOWNLOADS/starcode
 published. Afterwards, with this module imported, `tfds.data_source("tinyllama_slim_pajama")` gives
 their records, and `tfds:tinyllama_slim_pajama` is a path of a source.
 
-TFDS holds up to 1 GB of a split in memory while it writes, and needs TensorFlow beyond that: build
-parts of that size, and prepare the whole from the published files, which needs none of this.
+Preparing reads the published files themselves, by all cores, and needs none of this.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from tinyllama_jax.data.sources import list_inputs
 
 _SET = "redpajama_set_name"
 _ROWS_PER_BATCH = 256
+_EXAMPLES_PER_SHARD = 1_000_000
+_CHARS_AT_ONCE = 1 << 24
 
 
 class _FromDownloads(tfds.core.GeneratorBasedBuilder):
@@ -43,6 +44,28 @@ class _FromDownloads(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self, features=self.FEATURES, disable_shuffling=True, description=self.__doc__
         )
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        """Writes examples as they come, a few at a time.
+
+        TFDS's own way holds a split in memory while it is written, and beyond 1 GB on disk, by
+        TensorFlow.
+        """
+        info = self._info()  # of where it is written; its own knows of where it will be
+        writer = tfds.core.SequentialWriter(info, _EXAMPLES_PER_SHARD, file_format="array_record")
+        splits = self._split_generators(dl_manager)
+        writer.initialize_splits(list(splits))
+        for split, examples in splits.items():
+            batch, chars = [], 0
+            for _, example in examples:
+                batch.append(example)
+                chars += sum(len(value) for value in example.values())
+                if chars >= _CHARS_AT_ONCE:
+                    writer.add_examples({split: batch})
+                    batch, chars = [], 0
+            writer.add_examples({split: batch})
+        writer.close_all()
+        self.info.set_splits(info.splits)
 
     def _directory(self, dl_manager: Any) -> pathlib.Path:
         directory = pathlib.Path(dl_manager.manual_dir) / self.DIRECTORY
