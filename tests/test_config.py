@@ -11,6 +11,7 @@ import pytest
 
 from tinyllama_jax.config import (
     Config,
+    OptimizerConfig,
     SourceConfig,
     StageConfig,
     default_config,
@@ -296,6 +297,32 @@ def test_stages_are_laid_out_in_whole_steps():
     assert config.stage_at(100) == config.stage_at(10**9) == second
 
 
+def test_batches_that_are_left_out_make_their_stage_shorter_and_the_last_one_longer():
+    """So that a batch is of the same stage, whatever is left out before it."""
+    config = dataclasses.replace(
+        with_stages(*STAGES), data=dataclasses.replace(STAGED.data, skip="10:12,98:101")
+    )
+    first, second = config.timeline
+    assert (first.end_batch, first.end_step) == (100, 96)  # without 10, 11, 98 and 99
+    assert (second.first_batch, second.first_step, second.end_step) == (100, 96, 101)
+    assert second.first_token == 96 * 512
+    assert config.total_steps == 101
+    assert config.tokens_at(101) == 96 * 512 + 5 * 1024
+
+
+def test_the_order_of_stages_is_that_of_their_numbers():
+    names = [f"stage{number}_x" for number in range(1, 12)]
+    tree = {"stages": {name: {"train_tokens": 5} for name in reversed(names)}}
+    assert [entry.name for entry in freeze(tree).stages] == names
+
+
+def test_where_each_stage_has_its_schedule_the_runs_is_not_judged():
+    own = {"schedule": "cosine", "learning_rate": 1.0}
+    stages = [dataclasses.replace(entry, **own) for entry in STAGES]
+    config = with_stages(*stages)
+    validate(dataclasses.replace(config, optimizer=OptimizerConfig(warmup_steps=10**6)))
+
+
 def test_a_run_without_stages_is_one():
     (stage,) = TINY.timeline
     assert (stage.first_step, stage.end_step) == (0, TINY.total_steps) == (0, 50)
@@ -328,6 +355,10 @@ def test_stages_are_sorted_by_name_and_come_back():
         (1, {"ramp_tokens": -1}, r"stages.stage2.ramp_tokens = -1 must not be negative"),
         (1, {"weights": "text:1,math:2"}, r"stage2.weights names math, but data.sources has code"),
         (1, {"weights": "text:0"}, r'stage2.weights: "text:0" is not NAME:WEIGHT'),
+        (1, {"weights": "text:1,text:2"}, r'stage2.weights: "text" has two weights; give it one'),
+        (1, {"weights": "text:1,code:1e-9"}, r"stage2.weights gives code less than a millionth"),
+        (1, {"ramp_tokens": 1 << 40}, r"is more than 16,777,216 rows of data.seq_len, which are"),
+        (1, {"schedule": "cosine", "learning_rate": float("inf")}, r"learning_rate = inf with"),
         (1, {"weights": "text:1"}, r"no stage reads code; give it a share in some stage's weights"),
         (1, {"global_batch_tokens": 700}, r"stages.stage2.global_batch_tokens = 700 is not a mult"),
         (1, {"learning_rate": 0.1}, r"stage2.learning_rate = 0.1, but .*schedule is empty: the ru"),

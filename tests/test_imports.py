@@ -26,6 +26,7 @@ MODULES = {
 
 # The plan of the house. A room imports lower floors and itself; nothing else of the package.
 FLOORS = {
+    "config_text": -1,
     "config": 0, "progress": 0, "durable": 0, "findings": 0, "config_rules": 1,
     "text": 1, "parallel": 1,
     "kernels": 2,

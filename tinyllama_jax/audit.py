@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from tinyllama_jax import door
 from tinyllama_jax.config import Config, freeze
+from tinyllama_jax.config_rules import validate
 from tinyllama_jax.data.audit import audit
 from tinyllama_jax.data.audit_page import write_page
 from tinyllama_jax.data.corpus import open_prepared
@@ -41,6 +42,8 @@ _FIND = flags.DEFINE_string("find", "", "Print which documents hold this, and at
 
 def main(argv: list[str]) -> None:
     config = freeze(_CONFIG.value) if _CONFIG.value is not None else None
+    if config is not None:
+        validate(config)
     name = _TOKENIZER.value or (config.data.tokenizer if config is not None else None)
     tokenizer = Tokenizer(name) if name is not None else None
     if _STEP.value >= 0 or _FIND.value:

@@ -13,9 +13,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_type_hints
+
+from tinyllama_jax.config_text import skipped_ranges
 
 # Fields that a resumed run may change: they move rounding, cost, what is printed or what a run is
 # protected from, never the mathematics of its steps or the order of its data.
@@ -116,7 +119,7 @@ class TrainingConfig:
 class StageConfig:
     """One stage of a run, with a mixture, a batch and a learning rate of its own."""
 
-    name: str = ""  # stages follow each other in the order of their names
+    name: str = ""  # stages follow each other in the order of their names, 2 before 10
     train_tokens: int = 0  # all stages together: training.train_tokens
     # Shares of the tokens, as "web:0.7,code:0.3", of the sources that are read; "": of all, by the
     # weights in data.sources.
@@ -196,12 +199,15 @@ class Stage(NamedTuple):
 
     Attributes:
       settings: what the config says of it; without a name in a run without stages.
-      first_step, end_step: its steps `[first_step, end_step)`, counted from the run's start.
+      first_batch, end_batch: its batches `[first_batch, end_batch)`, left-out ones included.
+      first_step, end_step: its steps, likewise.
       first_token: the tokens that the stages before have seen.
       batch_tokens, batch_rows: tokens and sequences per optimizer step.
     """
 
     settings: StageConfig
+    first_batch: int
+    end_batch: int
     first_step: int
     end_step: int
     first_token: int
@@ -226,18 +232,26 @@ class Config:
 
     @functools.cached_property
     def timeline(self) -> tuple[Stage, ...]:
-        """The stages with their steps, in order; a run without any is one."""
-        training = self.training
+        """The stages with their steps, in order; a run without any is one.
+
+        A stage is so many batches; one that is left out (`data.skip`) makes its stage shorter, and
+        the last one longer. So which stage a batch belongs to never changes.
+        """
+        training, left_out = self.training, skipped_ranges(self.data.skip)
         entries = self.stages or (StageConfig(train_tokens=training.train_tokens),)
+        sizes = [entry.global_batch_tokens or training.global_batch_tokens for entry in entries]
+        counts = [-(-e.train_tokens // size) for e, size in zip(entries, sizes, strict=True)]
         timeline: list[Stage] = []
-        step = tokens = 0
-        for entry in entries:
-            batch_tokens = entry.global_batch_tokens or training.global_batch_tokens
-            end = step - (-entry.train_tokens // batch_tokens)
-            timeline.append(
-                Stage(entry, step, end, tokens, batch_tokens, batch_tokens // self.data.seq_len)
-            )
-            step, tokens = end, tokens + (end - step) * batch_tokens
+        batch = step = tokens = 0
+        for entry, size, count in zip(entries, sizes, counts, strict=True):
+            end_batch = batch + count
+            end = end_batch - sum(min(b, end_batch) - a for a, b in left_out if a < end_batch)
+            if end_batch == sum(counts):
+                end = end_batch  # what is left out is made up for at the end
+            rows = size // self.data.seq_len
+            timeline.append(Stage(entry, batch, end_batch, step, end, tokens, size, rows))
+            tokens += (end - step) * size
+            batch, step = end_batch, end
         return tuple(timeline)
 
     @property
@@ -358,11 +372,17 @@ def _build_named(cls: Any, tree: Any, path: str, problems: list[str]) -> tuple[A
         if not isinstance(entry, Mapping):
             problems.append(f"{path}.{name} = {entry!r}: set it to {example}")
     # Sorted by name, so that their order does not hang on the file's layout.
+    by_name = _numbers_in_order if cls is StageConfig else str
     return tuple(
-        _build(cls, {**entry, "name": name}, f"{path}.{name}", problems)
-        for name, entry in sorted(entries.items())
-        if isinstance(entry, Mapping)
+        _build(cls, {**entries[name], "name": name}, f"{path}.{name}", problems)
+        for name in sorted(entries, key=by_name)
+        if isinstance(entries[name], Mapping)
     )
+
+
+def _numbers_in_order(name: str) -> list[tuple[str, int]]:
+    """stage2 comes before stage10."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _coerce(value: Any, kind: type, path: str, problems: list[str]) -> Any:

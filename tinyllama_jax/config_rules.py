@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from tinyllama_jax.config import Config, SamplingConfig, StageConfig, raise_all
+from tinyllama_jax.config_text import chosen_subsets, named_weights, skipped_ranges
 
+# Over which a mixture may change. They are laid out, which takes 0.5 GB for so many.
+RAMP_ROWS = 1 << 24
 SCHEDULES = ("cosine", "linear", "wsd")
 _FORMATS = ("auto", "text", "jsonl", "parquet", "arrow", "litpkds", "tfds", "embedded")
 
@@ -122,13 +125,14 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
                 f"{max(1, round(batch / per_pass)) * per_pass}",
             )
         steps = -(-t.train_tokens // t.global_batch_tokens)
+        used = not config.stages or not all(stage.schedule for stage in config.stages)
         require(
-            o.warmup_steps < steps,
+            not used or o.warmup_steps < steps,
             f"optimizer.warmup_steps = {o.warmup_steps} does not end within the {steps} steps of "
             f"the run (train_tokens / global_batch_tokens): the learning rate would never peak",
         )
         require(
-            o.warmup_steps + o.decay_steps <= steps,
+            not used or o.warmup_steps + o.decay_steps <= steps,
             f"optimizer.warmup_steps + decay_steps = {o.warmup_steps + o.decay_steps} is more "
             f"than the {steps} steps of the run: the schedule would be cut off",
         )
@@ -169,23 +173,6 @@ def validate(config: Config, *, device_count: int = 1, tokenizer_vocab_size: int
     raise_all(problems)
 
 
-def chosen_subsets(text: str) -> tuple[frozenset[str], bool]:
-    """What `data.sources.NAME.subsets` names, and whether those are the ones left out.
-
-    Raises:
-      ValueError: some of the names begin with "-" and some do not.
-    """
-    names = [name.strip() for name in text.split(",")] if text else []
-    leaves_out = [name.startswith("-") for name in names]
-    if len(set(leaves_out)) > 1 or not all(name.strip("-") for name in names):
-        raise ValueError(
-            f'"{text}" must name the subsets that are taken ("C4,Book"), or the ones that are left '
-            f'out, each with a "-" before it ("-Github")'
-        )
-    # Nothing named: nothing is left out.
-    return frozenset(name.removeprefix("-") for name in names), all(leaves_out)
-
-
 def _stage_problems(config: Config) -> list[str]:
     """What speaks against the stages of a run, a line each."""
     problems: list[str] = []
@@ -193,21 +180,27 @@ def _stage_problems(config: Config) -> list[str]:
     read: set[str] = set()
     for number, entry in enumerate(config.stages):
         name = f"stages.{entry.name}"
-        if not entry.name.isidentifier():
+        if not (entry.name.isidentifier() and entry.name.isascii()):
             problems.append(
                 f"{name}: a stage's name is part of its settings' names; use letters, digits and "
                 f"_, and begin with a letter, as stage1"
             )
         problems += [
             f"{name}.{setting} = {getattr(entry, setting)} must not be negative"
-            for setting in ("ramp_tokens", "global_batch_tokens", "min_learning_rate",
-                            "warmup_steps")
+            for setting in ("ramp_tokens", "global_batch_tokens", "warmup_steps")
             if getattr(entry, setting) < 0
         ]  # fmt: skip
         if entry.train_tokens <= 0:
             problems.append(f"{name}.train_tokens = {entry.train_tokens} must be greater than 0")
         try:
-            named = set(named_weights(entry.weights)) or sources
+            weights = named_weights(entry.weights)
+            named = set(weights) or sources
+            least = min(weights, key=weights.__getitem__, default="")
+            if least and weights[least] < 1e-6 * sum(weights.values()):
+                problems.append(
+                    f"{name}.weights gives {least} less than a millionth, which no row would be; "
+                    f"raise it, or leave {least} out of this stage"
+                )
         except ValueError as error:
             problems.append(f"{name}.weights: {error}")
             named = set(sources)
@@ -226,6 +219,11 @@ def _stage_problems(config: Config) -> list[str]:
             problems.append(
                 f"{name}.ramp_tokens = {entry.ramp_tokens} is more than its train_tokens = "
                 f"{entry.train_tokens}: its shares would never be reached"
+            )
+        if entry.ramp_tokens > RAMP_ROWS * config.data.seq_len:
+            problems.append(
+                f"{name}.ramp_tokens = {entry.ramp_tokens} is more than {RAMP_ROWS:,} rows of "
+                f"data.seq_len, which are laid out before; set less, or make several stages of it"
             )
         problems += _stage_schedule_problems(name, entry, training.global_batch_tokens)
     total = sum(entry.train_tokens for entry in config.stages)
@@ -256,7 +254,8 @@ def _stage_schedule_problems(name: str, entry: StageConfig, batch_tokens: int) -
             f'{name}.schedule = "{entry.schedule}" is not one of {", ".join(SCHEDULES)}, or "" for '
             f"the run's"
         )
-    if not 0 <= entry.min_learning_rate <= entry.learning_rate or not entry.learning_rate:
+    least, most = entry.min_learning_rate, entry.learning_rate
+    if not (0 <= least <= most and 0 < most < float("inf")):
         problems.append(
             f"{name}.learning_rate = {entry.learning_rate:g} with min_learning_rate = "
             f"{entry.min_learning_rate:g}: a schedule of the stage's own needs the rate that it "
@@ -269,58 +268,6 @@ def _stage_schedule_problems(name: str, entry: StageConfig, batch_tokens: int) -
             f"{name}.warmup_steps = {entry.warmup_steps} does not end within its {steps} steps"
         )
     return problems
-
-
-def named_weights(text: str) -> dict[str, float]:
-    """Weights by name, as `data.sources.NAME.subset_weights` and `stages.NAME.weights` give them.
-
-    Raises:
-      ValueError: it is not a list of NAME:WEIGHT with weights above 0.
-    """
-    weights = {}
-    for part in text.split(",") if text else ():
-        name, _, weight = part.strip().rpartition(":")
-        try:
-            value = float(weight)
-        except ValueError:
-            value = 0.0
-        if not (name and 0 < value < float("inf")):
-            raise ValueError(
-                f'"{part}" is not NAME:WEIGHT with a weight above 0; what is not to be read is not '
-                f'named (a subset: as "-NAME" in subsets)'
-            )
-        weights[name] = value
-    return weights
-
-
-def skipped_ranges(text: str) -> tuple[tuple[int, int], ...]:
-    """The ranges of batches that `data.skip` leaves out, ascending, those that touch joined.
-
-    Raises:
-      ValueError: it is not a list of ranges A:B with A below B.
-    """
-    ranges = []
-    for part in text.split(",") if text else ():
-        first, colon, end = part.partition(":")
-        if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
-            raise ValueError(
-                f'"{part}" is not a range of steps A:B, which leaves out A up to B - 1; as '
-                f"1200:1250"
-            )
-        ranges.append((int(first), int(end)))
-    joined: list[tuple[int, int]] = []
-    for begin, stop in sorted(ranges):
-        if joined and begin <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
-        else:
-            joined.append((begin, stop))
-    return tuple(joined)
-
-
-def joined_skips(*texts: str) -> str:
-    """Several values of `data.skip` as one."""
-    ranges = skipped_ranges(",".join(filter(None, texts)))
-    return ",".join(f"{first}:{end}" for first, end in ranges)
 
 
 def sampling_problems(settings: SamplingConfig) -> list[str]:

@@ -69,7 +69,7 @@ def _train(config: Config, run_dir: pathlib.Path, preemption: Preemption) -> Non
     """Everything between the first look at the settings and the picture of the loss."""
     import jax
 
-    from tinyllama_jax.config_rules import joined_skips
+    from tinyllama_jax.config_text import joined_skips
     from tinyllama_jax.data.corpus import open_datasets
     from tinyllama_jax.data.prepare import prepare_sources
     from tinyllama_jax.parallel import distributed, mesh, rules

@@ -378,6 +378,10 @@ def test_the_door(prepared, raw, tmp_path):
     flags = ["--config=configs/tiny_debug.py", f"--config.data.prepared={prepared}"]
     done = door(*flags, "--step=1")
     assert done.returncode == 1 and "is not prepared in" in done.stderr
+    flags = ["--config=tests/faults/staged_config.py", "--config.stages.stage1.ramp_tokens=5"]
+    done = door(*flags, "--step=1")
+    assert done.returncode == 1 and "stage1.ramp_tokens = 5, but it is the first" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_what_is_no_corpus_is_refused(raw):

@@ -7,64 +7,65 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyllama_jax.data.mixture import Mixture, Ramp
 from tinyllama_jax.data.order import Change, RowOrder
 
 STAGED = (
     Change(0, 4, {"web": 1.0}),
-    Change(50, 4, {"web": 0.6, "code": 0.3, "math": 0.1}, ramp_steps=20),
+    Change(50, 4, {"web": 0.6, "code": 0.3, "math": 0.1}, ramp_batches=20),
     Change(100, 16, {"web": 0.6, "code": 0.4}),
-    Change(130, 8, {"code": 0.5, "math": 0.5}, ramp_steps=10),
+    Change(130, 8, {"code": 0.5, "math": 0.5}, ramp_batches=10),
 )
-STEPS = 160
-SKIPS = ("", "10:12", "49:51", "0:3,55:60", "48:120", "69:70,100:101,133:150")
+BATCHES, STEPS = 200, 160
+SKIPS = ("", "10:12", "49:51", "0:3,55:60", "88:120", "69:70,100:101,125:140")
 
 
-def by_hand(order, skip):
-    """What each step reads, walking through the batches in order with a counter per source.
-
-    Only which source a row is of is taken from the order; numbering rows is done anew here.
-    """
-    left_out = {
+def left_out(skip):
+    """The numbers of the batches that are left out."""
+    return {
         batch for part in skip.split(",") if part for batch in range(*map(int, part.split(":")))
     }
+
+
+def by_hand(skip):
+    """What each step reads: all batches in order, counted, and then some of them left out.
+
+    Only which source a row is of comes from the package (`Mixture` and `Ramp`, which have tests of
+    their own); where stages begin, and the numbers of rows, are made anew here.
+    """
+    parts = [
+        (50, 4, ["web"], Mixture([1])),
+        (20, 4, ["code", "math", "web"], Ramp([0, 0, 1], [0.3, 0.1, 0.6], 80)),
+        (30, 4, ["code", "math", "web"], Mixture([0.3, 0.1, 0.6])),
+        (30, 16, ["code", "web"], Mixture([0.4, 0.6])),
+        (10, 8, ["code", "math", "web"], Ramp([0.4, 0, 0.6], [0.5, 0.5, 0], 80)),
+        (BATCHES, 8, ["code", "math"], Mixture([0.5, 0.5])),
+    ]
     counters: collections.Counter[str] = collections.Counter()
-    seen, batch = [], 0
-    for step in range(STEPS):
-        while batch in left_out:
-            # A batch that is left out is one that the next step would have read.
-            for name, _ in _rows_of_batch(order, batch):
+    batches = []
+    for count, rows, names, mixture in parts:
+        for row in range(0, count * rows, rows):
+            batches.append([])
+            for at in range(row, row + rows):
+                name = names[mixture[at][0]]
+                batches[-1].append((name, counters[name]))
                 counters[name] += 1
-            batch += 1
-        rows = []
-        for name, _ in order.rows_at(step):
-            rows.append((name, counters[name]))
-            counters[name] += 1
-        seen.append(rows)
-        batch += 1
-    return seen
-
-
-def _rows_of_batch(order, batch):
-    stretch = order._stretch_of(batch, order.skip)
-    first = (batch - stretch.first_batch) * stretch.batch_rows
-    found = (stretch.mixture[first + row] for row in range(stretch.batch_rows))
-    return [(stretch.sources[number], index) for number, index in found]
+    return [rows for number, rows in enumerate(batches) if number not in left_out(skip)][:STEPS]
 
 
 @pytest.mark.parametrize("skip", SKIPS)
 def test_each_source_is_read_on_from_where_it_was(skip):
     order = RowOrder(STAGED, skip)
-    expected = by_hand(order, skip)
-    assert [order.rows_at(step) for step in range(STEPS)] == expected
-    assert [len(rows) for rows in expected] == [4] * 100 + [16] * 30 + [8] * 30
-    read = [row for rows in expected for row in rows]
-    assert len(read) == len(set(read))  # nothing twice
-    assert {name for name, _ in read[:200]} == {"web"}
-    # Without batches left out, nothing is passed over either.
-    if not skip:
-        for source in order.sources:
-            indexes = [index for name, index in read if name == source]
-            assert indexes == list(range(len(indexes)))
+    assert [order.rows_at(step) for step in range(STEPS)] == by_hand(skip)
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_what_is_left_out_is_not_read_and_nothing_is_read_twice(skip):
+    plain, order = RowOrder(STAGED), RowOrder(STAGED, skip)
+    read = [row for step in range(STEPS) for row in order.rows_at(step)]
+    assert len(read) == len(set(read))
+    bad = {row for batch in left_out(skip) for row in plain.rows_at(batch)}
+    assert bad.isdisjoint(read)
 
 
 @pytest.mark.parametrize("skip", SKIPS)
@@ -98,7 +99,7 @@ def test_counts_are_those_of_the_rows_gone_through(skip):
 def test_shares_are_those_of_each_stage_and_rise_on_a_straight_line():
     changes = (
         Change(0, 100, {"web": 1.0}),
-        Change(100, 100, {"web": 0.75, "code": 0.25}, ramp_steps=400),
+        Change(100, 100, {"web": 0.75, "code": 0.25}, ramp_batches=400),
     )
     order = RowOrder(changes)
     share = [sum(name == "code" for name, _ in order.rows_at(step)) / 100 for step in range(1000)]
@@ -110,8 +111,8 @@ def test_shares_are_those_of_each_stage_and_rise_on_a_straight_line():
     assert order.shares(changes[1]) == {"code": 0.25, "web": 0.75}
 
 
-def test_a_run_of_one_stage_does_not_hang_on_where_it_is_cut():
-    """A border with nothing new after it only begins the pattern of the mixture anew."""
+def test_a_border_after_whole_periods_with_nothing_new_changes_nothing():
+    """It only begins the pattern of the mixture anew, here after a million rows."""
     whole = RowOrder([Change(0, 8, {"a": 7, "b": 3})])
     cut = RowOrder([Change(0, 8, {"a": 7, "b": 3}), Change(125_000, 8, {"a": 7, "b": 3})])
     for step in (0, 124_999, 125_000, 125_001, 999_999):
@@ -141,10 +142,13 @@ def test_any_stages_with_any_batches_left_out_read_nothing_twice(stages, ranges)
     order = RowOrder(changes, skip)
     read = [row for at in range(step + 5) for row in order.rows_at(at)]
     assert len(read) == len(set(read))
-    without = RowOrder(changes)
-    first = min((begin for begin, _ in ranges), default=step)
-    for at in range(min(first, step)):
-        assert order.rows_at(at) == without.rows_at(at)  # what was before is as it was
+    plain = RowOrder(changes)
+    bad = {row for batch in left_out(skip) for row in plain.rows_at(batch)}
+    assert bad.isdisjoint(read)
+    kept = [batch for batch in range(step + 60) if batch not in left_out(skip)]
+    assert [order.rows_at(at) for at in range(step + 5)] == [
+        plain.rows_at(batch) for batch in kept[: step + 5]
+    ]
     for source in order.sources:
         backwards = sorted(order.rows_of(source, step))
         forwards = [

@@ -9,7 +9,8 @@ import pytest
 import zstandard
 
 from tinyllama_jax.config import Config, DataConfig, EvaluationConfig, ModelConfig, SourceConfig
-from tinyllama_jax.config_rules import chosen_subsets, named_weights, validate
+from tinyllama_jax.config_rules import validate
+from tinyllama_jax.config_text import chosen_subsets, named_weights
 from tinyllama_jax.data.corpus import open_datasets
 from tinyllama_jax.data.mixture import divided
 from tinyllama_jax.data.prepare import prepare_sources

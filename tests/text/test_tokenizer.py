@@ -148,13 +148,21 @@ def test_the_fast_batch_forgets_segments_when_there_are_too_many(shipped, monkey
     text = " ".join(f"word{choice.randrange(300)}" for _ in range(2000))
     assert tokenizer.encode_batch([text, "", text])[2].tolist() == shipped.encode(text)
     assert tokenizer._segments._cached_chars < 500
+    words = [f"word{number}" for number in range(60)]
+    for number in range(3000):  # never anything new, but again and again from the older ones
+        tokenizer.encode_batch([words[number % 60]])
+        held = tokenizer._segments._ids.keys() | tokenizer._segments._older.keys()
+        assert sum(map(len, held)) < 1000
 
 
-def test_a_model_whose_pieces_span_spaces_is_encoded_whole(shipped):
+@pytest.mark.parametrize("kind", ["NORMAL", "USER_DEFINED", "UNUSED"])
+@pytest.mark.parametrize("piece", ["of\u2581the", "\nof"])
+def test_a_model_whose_pieces_span_spaces_is_encoded_whole(shipped, piece, kind):
     from sentencepiece import sentencepiece_model_pb2
 
     spec = sentencepiece_model_pb2.ModelProto.FromString(shipped.model_proto)
-    spec.pieces.add(piece="of\u2581the", score=1.0)
+    kind = getattr(sentencepiece_model_pb2.ModelProto.SentencePiece, kind)
+    spec.pieces.add(piece=piece, score=1.0, type=kind)
     tokenizer = Tokenizer.from_bytes(spec.SerializeToString())
     assert tokenizer._segments is None
     assert tokenizer.encode_batch(["one of the"])[0].tolist() == tokenizer.encode("one of the")

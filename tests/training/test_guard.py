@@ -53,6 +53,14 @@ def test_what_is_far_beyond_the_last_steps_is_skipped(spike):
     for name in ("loss_mean", "loss_variance", "norm_mean", "norm_variance"):
         without = getattr(judged([*usual, *ordinary(3, seed=1)])[1], name)
         assert getattr(state, name) == without
+    # As a harder text is at which a stage begins: the statistics are begun anew there.
+    state = judged(usual)[1]
+    anew = dataclasses.replace(
+        guard.begun_anew(jax.tree.map(jnp.asarray, state), jnp.bool(True)), skipped=jnp.int32(7)
+    )
+    good, after = judge(anew, *map(jnp.float32, spike), settings=GuardConfig(sigmas=6.0))
+    assert good and after.taken == 1 and after.skipped == 7
+    assert (after.loss_mean, after.loss_variance) == (np.float32(spike[0]), 0)
     # No rule, or too little seen: taken.
     assert all(judged([*usual, spike], GuardConfig(sigmas=0.0))[0])
     assert all(judged([*usual[:100], spike])[0])

@@ -280,6 +280,7 @@ def test_stages_have_their_batches_and_learning_rates(staged):
     expected = [float(whole(step)) for step in (0, 1, 2, 3, 4, 5, 8, 11)]
     assert [r["learning_rate"] for r in records[:8]] == pytest.approx(expected, rel=1e-6)
     assert [r["learning_rate"] for r in records[8:]] == pytest.approx([2e-3, 5e-3 / 3, 4e-3 / 3])
+    assert int(staged[1].guard.taken) == 3  # what was usual before the last stage is forgotten
     for before, after in itertools.pairwise(records):
         batch = after["tokens_seen"] - before["tokens_seen"]
         assert after["tokens_per_second"] == pytest.approx(batch / after["step_seconds"])

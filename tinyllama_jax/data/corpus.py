@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from tinyllama_jax.config import Config, SourceConfig, Stage
-from tinyllama_jax.config_rules import named_weights
+from tinyllama_jax.config_text import named_weights
 from tinyllama_jax.data.dataset import OwnRows, TrainingDataset, ValidationDataset
 from tinyllama_jax.data.mixture import divided, millionths
 from tinyllama_jax.data.order import Change, RowOrder
@@ -148,8 +148,9 @@ def _change(
     for source in config.data.sources:
         if source.name in shares:
             weights |= _weights(source, shares[source.name], streams[source.name], problems)
-    ramp_steps = -(-stage.settings.ramp_tokens // stage.batch_tokens)
-    return Change(stage.first_step, stage.batch_rows, weights, ramp_steps)
+    ramp_batches = -(-stage.settings.ramp_tokens // stage.batch_tokens)
+    name = stage.settings.name
+    return Change(stage.first_batch, stage.batch_rows, weights, ramp_batches, name)
 
 
 def _weights(

@@ -1,9 +1,8 @@
 """From prepared pages to batches: which windows each step reads, as a pure function.
 
-Row of a step ->
-(source, window) is a function of the manifests, the data config and its seed alone. Nothing
-iterates, so there is no iterator state to save: any step can be read at any time, by any number of
-hosts.
+Row of a step -> (source, window) is a function of the manifests, the data config and its seed
+alone. Nothing iterates, so there is no iterator state to save: any step can be read at any time, by
+any number of hosts.
 """
 
 from __future__ import annotations
@@ -177,8 +176,9 @@ class TrainingDataset:
         for change in changes if len(changes) > 1 else ():
             mixed = ", ".join(f"{n} {100 * s:.6g}%" for n, s in self.order.shares(change).items())
             lines.append(
-                f"from step {change.step + 1:,}: {change.batch_rows:,} rows a step, {mixed}"
-                + (f", reached over {change.ramp_steps:,} steps" if change.ramp_steps else "")
+                f"{change.name}, from batch {change.batch:,} on: {change.batch_rows:,} rows each, "
+                f"{mixed}"
+                + (f", reached over {change.ramp_batches:,}" if change.ramp_batches else "")
             )
         return "\n".join(lines)
 

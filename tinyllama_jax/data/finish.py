@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 from tinyllama_jax.config import DataConfig, SourceConfig
-from tinyllama_jax.config_rules import chosen_subsets
+from tinyllama_jax.config_text import chosen_subsets
 from tinyllama_jax.data.pages import DamagedDataError, Manifest, verify_shard, write_manifest
 from tinyllama_jax.data.prepared import Plan, write_subsets
 from tinyllama_jax.data.sources import Tally

@@ -7,7 +7,6 @@ from fractions import Fraction
 
 import numpy as np
 
-_RAMP_ROWS = 1 << 24  # of 2,048 tokens: 34 billion tokens, which take 0.4 GB to lay out
 PERIOD = 1_000_000  # rows after which the pattern repeats; weights are whole multiples of 1/PERIOD
 
 
@@ -133,16 +132,11 @@ class Ramp:
     Of the first n of N rows, source k is to have a_k n + (b_k - a_k) n^2 / 2N, where a_k and b_k
     are its shares at the beginning and at the end; its j-th row lies where that is j + 1/2.
 
-    Raises:
-      ValueError: it has no rows, or too many to be laid out.
+    All are laid out: 16 million rows (34 billion tokens in rows of 2,048) take 0.5 GB while that is
+    done, and 0.15 GB from then on.
     """
 
     def __init__(self, before: Sequence[float], after: Sequence[float], rows: int):
-        if not 0 < rows <= _RAMP_ROWS:
-            raise ValueError(
-                f"the mixture is to change over {rows:,} rows, but it can be over 1 to "
-                f"{_RAMP_ROWS:,}; set ramp_tokens to fewer, or make several stages of it"
-            )
         a, b = (np.array(shares, np.float64) / sum(shares) for shares in (before, after))
         counts = _apportioned(rows, [float(mean) for mean in (a + b) / 2])
         places = []

@@ -1,8 +1,9 @@
 """Which row of which source each row of a run is: the order of the data, without the data.
 
 Batches are numbered from 0, those that are left out included; a step reads the next batch that is
-not. Where the mixture or the rows per step change within a run, each source goes on where it was:
-a stretch of steps begins at the row of each source that the stretches before have come to.
+not. What a batch holds depends on its number alone. Where the mixture or the rows per batch change
+within a run, each source goes on where it was: a stretch of batches begins at the row of each
+source that the stretches before have come to.
 """
 
 from __future__ import annotations
@@ -13,24 +14,27 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from tinyllama_jax.config_rules import skipped_ranges
+from tinyllama_jax.config_text import skipped_ranges
 from tinyllama_jax.data.mixture import PERIOD, Mixture, Ramp
 
 
 class Change(NamedTuple):
-    """What a run reads from a step on.
+    """What a run reads from a batch on.
 
     Attributes:
-      step: the first one, counted from 0.
-      batch_rows: R, rows per step.
+      batch: the first one, counted from 0.
+      batch_rows: R, rows per batch.
       weights: shares of the rows, in any unit, of the sources that are read.
-      ramp_steps: in which the shares go there from the earlier ones on a straight line; 0: at once.
+      ramp_batches: in which the shares go there from the earlier ones on a straight line; 0: at
+        once.
+      name: for those who read of it.
     """
 
-    step: int
+    batch: int
     batch_rows: int
     weights: Mapping[str, float]
-    ramp_steps: int = 0
+    ramp_batches: int = 0
+    name: str = ""
 
 
 class _Stretch(NamedTuple):
@@ -71,7 +75,7 @@ class RowOrder:
     """Row of a step -> (source, how-manieth of its rows): a function, in constant time.
 
     Args:
-      changes: what is read from which step on, in order, the first from step 0.
+      changes: what is read from which batch on, in order, the first from batch 0.
       skip: batches that are left out, as `data.skip`.
 
     Raises:
@@ -79,18 +83,16 @@ class RowOrder:
     """
 
     def __init__(self, changes: Sequence[Change], skip: str = ""):
-        assert changes[0].step == changes[0].ramp_steps == 0, changes[0]
+        assert changes[0].batch == changes[0].ramp_batches == 0, changes[0]
         for change, later in itertools.pairwise(changes):
-            assert change.step + change.ramp_steps <= later.step, (change, later)
+            assert change.batch + change.ramp_batches <= later.batch, (change, later)
         self.changes = tuple(changes)
         self.skip = skip
         # In order of name, so that the order of the config's entries does not matter.
         self.sources = tuple(sorted(set().union(*(change.weights for change in changes))))
-        self._stretches = functools.cache(self._laid_out)
-        self._stretches(skip)
+        self._stretches = self._laid_out()
 
-    def _laid_out(self, skip: str) -> list[_Stretch]:
-        """The stretches of a run that leaves out `skip`, in order."""
+    def _laid_out(self) -> list[_Stretch]:
         stretches: list[_Stretch] = []
 
         def begin(batch: int, rows: int, sources: Sequence[str], mixture: Mixture | Ramp) -> None:
@@ -98,21 +100,18 @@ class RowOrder:
             stretches.append(_Stretch(batch, rows, tuple(sources), mixture, begins))
 
         before: Mapping[str, float] = {}
-        for step, batch_rows, weights, ramp_steps in self.changes:
-            first_batch = self._batches_before(step, skip)
-            if ramp_steps:
-                # Over so many batches, left out or not: what is left out later on must not change
-                # what was read before.
+        for first, batch_rows, weights, ramp_batches, _ in self.changes:
+            if ramp_batches:
                 both = sorted(before.keys() | weights.keys())
                 old, new = ([of.get(name, 0.0) for name in both] for of in (before, weights))
-                begin(first_batch, batch_rows, both, Ramp(old, new, ramp_steps * batch_rows))
-            begin(first_batch + ramp_steps, batch_rows, sorted(weights), _mixture(weights))
+                begin(first, batch_rows, both, Ramp(old, new, ramp_batches * batch_rows))
+            begin(first + ramp_batches, batch_rows, sorted(weights), _mixture(weights))
             before = weights
         return stretches
 
-    def _stretch_of(self, batch: int, skip: str) -> _Stretch:
-        stretches = self._stretches(skip)
-        return stretches[bisect.bisect_right(stretches, batch, key=lambda s: s.first_batch) - 1]
+    def _stretch_of(self, batch: int) -> _Stretch:
+        at = bisect.bisect_right(self._stretches, batch, key=lambda s: s.first_batch) - 1
+        return self._stretches[at]
 
     def rows_at(
         self,
@@ -127,9 +126,8 @@ class RowOrder:
           chosen: which of so many rows; all.
           skip: stands in for the batches that are left out.
         """
-        skip = self.skip if skip is None else skip
         batch = self.batch_number(step, skip)
-        stretch = self._stretch_of(batch, skip)
+        stretch = self._stretch_of(batch)
         first = (batch - stretch.first_batch) * stretch.batch_rows
         found = (stretch.mixture[first + row] for row in chosen(stretch.batch_rows))
         named = ((stretch.sources[number], index) for number, index in found)
@@ -138,7 +136,7 @@ class RowOrder:
     def rows_of(self, source: str, steps: int) -> Iterator[tuple[int, int]]:
         """The rows of one source that the first `steps` steps read: step, and which row."""
         left_out = skipped_ranges(self.skip)
-        stretches, last_batch = self._stretches(self.skip), self._batches_before(steps, self.skip)
+        stretches, last_batch = self._stretches, self._batches_before(steps)
         ends = [s.first_batch for s in stretches[1:]] + [last_batch]
         for stretch, end_batch in zip(stretches, ends, strict=True):
             end_batch = min(end_batch, last_batch)
@@ -153,8 +151,8 @@ class RowOrder:
 
     def counts_at(self, step: int) -> dict[str, int]:
         """How many rows of each source the steps before `step` have gone through."""
-        end = self._batches_before(step, self.skip)
-        return self._stretch_of(max(0, end - 1), self.skip).counts(end)
+        end = self._batches_before(step)
+        return self._stretch_of(max(0, end - 1)).counts(end)
 
     def shares(self, change: Change) -> dict[str, float]:
         """The shares of the rows once a change is complete, in whole millionths."""
@@ -169,9 +167,9 @@ class RowOrder:
                 step += end - first
         return step
 
-    def _batches_before(self, step: int, skip: str) -> int:
+    def _batches_before(self, step: int) -> int:
         """How many batches the steps before `step` have gone through, left-out ones included."""
-        return self.batch_number(step - 1, skip) + 1 if step else 0
+        return self.batch_number(step - 1) + 1 if step else 0
 
     def require_same_past(self, step: int, skip: str) -> None:
         """Checks that a run that left out `skip` saw before `step` what this one sees.

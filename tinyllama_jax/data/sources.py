@@ -27,7 +27,7 @@ import re
 from collections.abc import Iterator
 
 from tinyllama_jax.config import SourceConfig
-from tinyllama_jax.config_rules import chosen_subsets
+from tinyllama_jax.config_text import chosen_subsets
 from tinyllama_jax.data import columnar, embedded, formats
 from tinyllama_jax.data.formats import Keys, Record
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -38,7 +39,10 @@ class _FromDownloads(tfds.core.GeneratorBasedBuilder):
     skip_registration = True
 
     def __init__(self, *, file_format: Any = "array_record", **options: Any):
-        super().__init__(file_format=file_format, **options)
+        wanted = tfds.core.FileFormat.from_value(file_format)
+        if wanted is not tfds.core.FileFormat.ARRAY_RECORD:
+            raise ValueError(f"it is written as array_record, not {wanted.value}")
+        super().__init__(file_format=wanted, **options)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -55,9 +59,10 @@ class _FromDownloads(tfds.core.GeneratorBasedBuilder):
         writer = tfds.core.SequentialWriter(info, _EXAMPLES_PER_SHARD, file_format="array_record")
         splits = self._split_generators(dl_manager)
         writer.initialize_splits(list(splits))
+        most = getattr(download_config, "max_examples_per_split", None)
         for split, examples in splits.items():
             batch, chars = [], 0
-            for _, example in examples:
+            for _, example in itertools.islice(examples, most):
                 batch.append(example)
                 chars += sum(len(value) for value in example.values())
                 if chars >= _CHARS_AT_ONCE:
@@ -65,6 +70,9 @@ class _FromDownloads(tfds.core.GeneratorBasedBuilder):
                     batch, chars = [], 0
             writer.add_examples({split: batch})
         writer.close_all()
+        for split, found in info.splits.items():
+            if not found.num_examples:
+                raise ValueError(f"the files of {split} hold nothing")
         self.info.set_splits(info.splits)
 
     def _directory(self, dl_manager: Any) -> pathlib.Path:

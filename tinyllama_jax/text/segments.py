@@ -26,7 +26,7 @@ _CUT = re.compile(r"\n|(?<=[^ \n]) ")  # a segment starts at the match
 _WORD, _HEAD, _LINE = "", " ", "\n"
 _SLICE_CHARS = 1 << 16  # so that one huge document does not become one huge list of segments
 # Segments known at once, in characters: those met lately, and as many that were before; about
-# 200 MB at most.
+# 300 MB at most.
 _CACHE_CHARS = 1 << 22
 
 
@@ -64,7 +64,8 @@ class SegmentEncoder:
         # Without byte fallback, neighbouring unknown characters fuse into one id across a cut.
         if not (byte_pairs and identity and spec.trainer_spec.byte_fallback):
             return None
-        literal = (pb2.ModelProto.SentencePiece.NORMAL, pb2.ModelProto.SentencePiece.USER_DEFINED)
+        kinds = pb2.ModelProto.SentencePiece
+        literal = (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)  # these are merged through
         for piece in spec.pieces:
             text = piece.piece.replace(_MARK, " ")
             if piece.type in literal and ("\n" in text or _CUT.search(text, 1)):
@@ -114,9 +115,9 @@ class SegmentEncoder:
                 self._ids[key] = self._older[key]
             else:
                 new[key[:1] if key[:1] in new else _WORD].append(key)
+        self._cached_chars += sum(map(len, keys))
         if not any(new.values()):
             return
-        self._cached_chars += sum(map(len, keys))
         # All in one text, each behind a newline: its id tells where they end.
         texts = [f"\n {key}" for key in new[_WORD]]
         texts += [f"\n{key[1:]}" for key in new[_HEAD]]

@@ -28,7 +28,7 @@ class Guard:
     """Running statistics of the steps that were taken; scalars.
 
     Attributes:
-      taken: int32, steps in the statistics.
+      taken: int32, steps in the statistics; with the first one all before are forgotten.
       loss_mean, loss_variance, norm_mean, norm_variance: float32, exponentially weighted.
       skipped: int32, steps that were skipped since the run began.
       in_a_row: int32, of them the last ones without a taken step between.
@@ -77,6 +77,11 @@ def judge(
     )  # fmt: skip
     skipped = dataclasses.replace(guard, skipped=guard.skipped + 1, in_a_row=guard.in_a_row + 1)
     return good, choose(good, taken, skipped)
+
+
+def begun_anew(guard: Guard, now: jax.Array) -> Guard:
+    """The guard with its statistics forgotten, where `now` says so; its counts go on."""
+    return dataclasses.replace(guard, taken=jnp.where(now, 0, guard.taken))
 
 
 def choose(good: jax.Array, taken: Tree, skipped: Tree) -> Tree:

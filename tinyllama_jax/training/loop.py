@@ -204,7 +204,8 @@ def train(
             programs: dict[int, jax.stages.Compiled] = {}  # by rows per step, the one in use
             for step in range(start + 1, total_steps + 1):
                 rows = config.stage_at(step - 1).batch_rows
-                with timer.waiting_for_data():
+                # The readers of the first batch are started for it: no part of a step.
+                with timer.waiting_for_data() if programs else timer.paused():
                     batch = rules.place_rows(next(batches), rows)
                 if rows not in programs:
                     if in_flight is not None:

@@ -60,7 +60,7 @@ def run_schedule(config: Config) -> Schedule:
                 learning_rate=settings.learning_rate, warmup_steps=settings.warmup_steps,
                 min_learning_rate=settings.min_learning_rate,
             )  # fmt: skip
-            schedule = make_schedule(own, stage.end_step - stage.first_step)
+            schedule = make_schedule(own, stage.end_batch - stage.first_batch)
             return lambda step: schedule(step - stage.first_step)
         begun = stage.first_token / training.global_batch_tokens
         pace = stage.batch_tokens / training.global_batch_tokens

@@ -10,7 +10,7 @@ from importlib import metadata
 
 import jax
 
-from tinyllama_jax.config import Config, SourceConfig, Stage
+from tinyllama_jax.config import Config, OptimizerConfig, SourceConfig, StageConfig
 from tinyllama_jax.config_rules import validate
 from tinyllama_jax.data.prepare import examine_source
 from tinyllama_jax.data.workers import available_cores
@@ -82,9 +82,8 @@ def examine(config: Config, run_dir: pathlib.Path) -> list[Finding]:
         )  # fmt: skip
     findings += [_source(source, config, tokenizer) for source in config.data.sources]
     parameters = parameter_count(config.model)
-    findings += [_batch(config, parameters, rows_over), *_learning_rate(config)]
+    findings += [_batch(config, parameters, rows_over), *_stages(config, rows_over)]
     findings += [
-        *_stages(config),
         *_precision(config),
         *_remat(config),
         _memory(parameters, shape[1] * shape[2]),
@@ -117,38 +116,42 @@ def _batch(config: Config, parameters: int, rows_over: int) -> Finding:
     )
 
 
-def _stages(config: Config) -> list[Finding]:
-    """What the stages of a run are, a line each."""
-
-    def text(stage: Stage) -> str:
-        settings = stage.settings
-        o = settings if settings.schedule else config.optimizer
-        rate = f"{o.schedule} from {o.learning_rate:g} to {o.min_learning_rate:g}"
-        if not settings.schedule:
-            rate = "the run's learning rate"
+def _stages(config: Config, rows_over: int) -> list[Finding]:
+    """What the stages of a run are, and their learning rates or the run's."""
+    findings = []
+    width = config.model.d_model
+    if not all(stage.settings.schedule for stage in config.timeline):
+        findings += _learning_rate("learning rate", config.optimizer, config.total_steps, width)
+    for stage in config.timeline if config.stages else ():
+        settings, name = stage.settings, f"stage {stage.settings.name}"
         slowly = f", reached over {settings.ramp_tokens:,} tokens" if settings.ramp_tokens else ""
-        return (
-            f"steps {stage.first_step + 1:,} to {stage.end_step:,} of {stage.batch_tokens:,} "
-            f"tokens, {settings.weights or 'all sources'}{slowly}, {rate}"
-        )
+        passes = stage.batch_rows // (config.training.micro_batch_size * rows_over)
+        findings.append(
+            Finding(name, f"steps {stage.first_step + 1:,} to {stage.end_step:,} of "
+                    f"{stage.batch_tokens:,} tokens in {passes} passes, "
+                    f"{settings.weights or 'all sources'}{slowly}")
+        )  # fmt: skip
+        if settings.schedule:
+            steps = stage.end_batch - stage.first_batch
+            findings += _learning_rate(name, settings, steps, width)
+    return findings
 
-    return [Finding(stage.settings.name, text(stage)) for stage in config.timeline if config.stages]
 
-
-def _learning_rate(config: Config) -> list[Finding]:
-    o, steps = config.optimizer, config.total_steps
+def _learning_rate(
+    subject: str, o: OptimizerConfig | StageConfig, steps: int, width: int
+) -> list[Finding]:
     # Adam's best learning rate falls about as one over the width (arXiv 2203.03466); TinyLlama's
     # 4e-4 at 2048 sets the scale. A factor of 8 to either side is not a sign of a slip.
-    usual = 4e-4 * 2048 / config.model.d_model
+    usual = 4e-4 * 2048 / width
     text = f"{o.schedule} from {o.learning_rate:g} to {o.min_learning_rate:g}, {o.warmup_steps} warm-up steps"  # noqa: E501
-    findings = [Finding("learning rate", text)]
+    findings = [Finding(subject, text)]
 
     def warn(text: str) -> None:
-        findings.append(Finding("learning rate", text, "warning"))
+        findings.append(Finding(subject, text, "warning"))
 
     if not usual / 8 <= o.learning_rate <= usual * 8:
         warn(
-            f"{o.learning_rate:g} is far from what a width of {config.model.d_model} usually "
+            f"{o.learning_rate:g} is far from what a width of {width} usually "
             f"takes, about {usual:.1g}: expect {'divergence' if o.learning_rate > usual else 'a slow start'}"  # noqa: E501
         )
     if o.min_learning_rate == o.learning_rate:

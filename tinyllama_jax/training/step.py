@@ -15,7 +15,7 @@ from tinyllama_jax.data.batch import Batch
 from tinyllama_jax.model.llama import Llama, Params
 from tinyllama_jax.parallel import mesh, rules
 from tinyllama_jax.parallel.mesh import P
-from tinyllama_jax.training.guard import Guard, choose, judge
+from tinyllama_jax.training.guard import Guard, begun_anew, choose, judge
 from tinyllama_jax.training.losses import LossFunction, LossSums
 from tinyllama_jax.training.optimizer import run_schedule
 
@@ -76,6 +76,7 @@ def make_train_step(
     `skipped_in_a_row`, int32.
     """
     schedule = run_schedule(config)
+    borders = jnp.array([stage.first_step for stage in config.timeline[1:]], jnp.int32)
 
     def step(
         state: TrainState, batch: Batch, frozen: Params | None = None
@@ -87,7 +88,9 @@ def make_train_step(
         learning_rate = schedule(state.step)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         loss, grad_norm = sums.reported / sums.weight, optax.tree.norm(grads)
-        good, guard = judge(state.guard, loss, grad_norm, config.guard)
+        # What is usual in one stage (its mixture, its batch) may not be in the next.
+        guard = begun_anew(state.guard, (state.step == borders).any())
+        good, guard = judge(guard, loss, grad_norm, config.guard)
         params, opt_state = choose(good, (params, opt_state), (state.params, state.opt_state))
         metrics = {
             "loss": loss,
