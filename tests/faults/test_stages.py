@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 def staged(trainer):
     run_dir = trainer.directory / "staged"
     printed = trainer.finish(run_dir, config=STAGED)
-    assert "from step 16: 8 rows a step, code 50%, text 50%, reached over 8 steps" in printed
-    assert "from step 31: 16 rows a step, code 30%, text 70%" in printed
+    assert "stage2, from batch 15 on: 8 rows each, code 50%, text 50%, reached over 8\n" in printed
+    assert "stage3, from batch 30 on: 16 rows each, code 30%, text 70%\n" in printed
     return run_dir
 
 
@@ -32,10 +32,9 @@ def test_each_stage_reads_its_mixture(staged):
     assert float(epochs[15]["epochs/text"]) == 0 < float(epochs[30]["epochs/text"])
 
 
-@pytest.mark.parametrize("moments", [(7, 20), (15, 33)])
-def test_kills_within_and_between_stages_change_nothing(trainer, staged, moments):
-    run_dir = trainer.directory / "killed-{}-{}".format(*moments)
-    for step in moments:
+def test_kills_within_and_between_stages_change_nothing(trainer, staged):
+    run_dir = trainer.directory / "killed in stages"
+    for step in (7, 15, 20, 33):
         run = trainer.start(run_dir, config=STAGED)
         run.until_step(step)
         run.processes[0].send_signal(signal.SIGKILL)
@@ -43,6 +42,22 @@ def test_kills_within_and_between_stages_change_nothing(trainer, staged, moments
     trainer.finish(run_dir, config=STAGED)
     assert logged(run_dir) == logged(staged)
     assert saved(run_dir)[LAST] == saved(staged)[LAST]
+
+
+def test_batches_left_out_over_a_border_stay_left_out(trainer):
+    """Rewound from step 22 to 10, and past the last two batches of a stage and two of the next."""
+    run_dir, expected = trainer.directory / "rewound stages", trainer.directory / "never seen"
+    run = trainer.start(run_dir, config=STAGED)
+    run.until_step(22)
+    run.processes[0].send_signal(signal.SIGKILL)
+    run.wait()
+    trainer.finish(run_dir, "--resume=10", "--skip_steps=13:17", config=STAGED)
+    trainer.finish(expected, "--config.data.skip=13:17", config=STAGED)
+    assert logged(run_dir) == logged(expected)
+    assert saved(run_dir)[LAST] == saved(expected)[LAST]
+    steps = [line for line in logged(run_dir) if "loss" in line]
+    # 13 steps of the first stage, 13 of the second: the third, of larger batches, has the others.
+    assert [int(line["tokens_seen"]) for line in steps[25:28]] == [26 * 512, 28 * 512, 30 * 512]
 
 
 def test_two_processes_make_the_same_run(trainer, staged):
