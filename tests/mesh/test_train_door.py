@@ -19,7 +19,8 @@ def start(tmp_path, name, devices, *flags):
     return subprocess.Popen(
         [sys.executable, "-m", "tinyllama_jax.train", "--config=configs/tiny_debug.py",
          f"--workdir={tmp_path / name}", f"--config.data.prepared={tmp_path / 'prepared'}",
-         "--config.training.micro_batch_size=1", "--config.logging.tensorboard=False", *flags],
+         "--config.training.micro_batch_size=1", "--config.logging.tensorboard=False",
+         "--config.model.num_layers=1", *flags],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu",
              "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
@@ -60,7 +61,6 @@ def test_a_run_on_8_devices_is_the_run_on_one(alone):
     ) < 1e-5  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(alone):
     """Killed on 4 devices along fsdp, it goes on on 2 along data, and ends on one."""
     run = alone / "moved"
