@@ -76,7 +76,7 @@ def make_train_step(
     `skipped_in_a_row`, int32.
     """
     schedule = run_schedule(config)
-    borders = jnp.array([stage.first_step for stage in config.timeline[1:]], jnp.int32)
+    borders = [stage.first_step for stage in config.timeline[1:]]
 
     def step(
         state: TrainState, batch: Batch, frozen: Params | None = None
@@ -88,8 +88,9 @@ def make_train_step(
         learning_rate = schedule(state.step)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         loss, grad_norm = sums.reported / sums.weight, optax.tree.norm(grads)
-        # What is usual in one stage (its mixture, its batch) may not be in the next.
-        guard = begun_anew(state.guard, (state.step == borders).any())
+        guard = state.guard
+        for border in borders:  # what is usual in one stage may not be in the next
+            guard = begun_anew(guard, state.step == border)
         good, guard = judge(guard, loss, grad_norm, config.guard)
         params, opt_state = choose(good, (params, opt_state), (state.params, state.opt_state))
         metrics = {
