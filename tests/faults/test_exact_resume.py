@@ -106,11 +106,11 @@ def test_four_kills_and_a_flipped_bit_change_nothing(trainer, uninterrupted):
 
 
 @pytest.mark.slow
-def test_twelve_kills_change_nothing(trainer, uninterrupted):
+def test_twenty_kills_change_nothing(trainer, uninterrupted):
     draw = chance()
-    pairs = [(draw.randrange(1, 20), draw.randrange(20, STEPS)) for _ in range(3)]
-    pairs += [(MIDDLE_OF_A_SAVE, draw.randrange(20, STEPS)) for _ in range(2)]
-    pairs += [(draw.randrange(1, 20), MIDDLE_OF_A_SAVE)]
+    pairs = [(draw.randrange(1, 20), draw.randrange(20, STEPS)) for _ in range(5)]
+    pairs += [(MIDDLE_OF_A_SAVE, draw.randrange(20, STEPS)) for _ in range(3)]
+    pairs += [(draw.randrange(1, 20), MIDDLE_OF_A_SAVE) for _ in range(2)]
     runs = {trainer.directory / f"many-{index}": pair for index, pair in enumerate(pairs)}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda run: kill_and_finish(trainer, run, runs[run]), runs))

@@ -19,8 +19,7 @@ def start(tmp_path, name, devices, *flags):
     return subprocess.Popen(
         [sys.executable, "-m", "tinyllama_jax.train", "--config=configs/tiny_debug.py",
          f"--workdir={tmp_path / name}", f"--config.data.prepared={tmp_path / 'prepared'}",
-         "--config.training.micro_batch_size=1", "--config.logging.tensorboard=False",
-         "--config.model.num_layers=1", *flags],
+         "--config.training.micro_batch_size=1", "--config.logging.tensorboard=False", *flags],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu",
              "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
