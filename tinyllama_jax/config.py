@@ -61,7 +61,7 @@ class SourceConfig:
     # auto (by file ending), text, jsonl, parquet, arrow, tfds, embedded; litpkds: ids, as lit-gpt's
     # packer wrote them
     format: str = "auto"
-    text_key: str = "text"  # the column or JSON key that holds the document
+    text_key: str = "text"  # the column or key that holds the document; JSONL: or a chat's turns
     separator: str = ""  # plain text: stands between documents, \n a line end; "": one per file
     # What parts the source into subsets, each a stream of its own in the mixture: "directory" (the
     # first below path), or a key of each record, as meta.redpajama_set_name; "": nothing does.

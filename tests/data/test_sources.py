@@ -419,6 +419,29 @@ def test_tfds_without_tensorflow(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+# --- conversations
+
+
+def test_the_turns_of_a_conversation_are_one_document(tmp_path):
+    """As UltraChat's JSONL: `data` is a list of texts, or `messages` one of role and content."""
+    turns = ["What is a llama?", "An animal.\nIt hums.", "Thanks!"]
+    said = [{"role": "user", "content": text} for text in turns]
+    lines = [{"id": "0", "data": turns, "messages": said}, {"data": ["x"], "messages": said[:1]}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for key in ("data", "messages"):
+        source = SourceConfig(path=str(path), text_key=key)
+        (entry,) = list_inputs(source)
+        found = [document.text for document in read_documents(source, entry, Tally())]
+        assert found[0] == "What is a llama?\nAn animal.\nIt hums.\nThanks!"
+        assert len(found) == 2
+    for wrong in ([1, "a"], [{"role": "user"}], [["a"]], []):
+        path.write_text(json.dumps({"data": wrong}) + "\n")
+        with pytest.raises(ValueError, match=r'"data" is of type list, not a text; set text_key'):
+            source = SourceConfig(path=str(path), text_key="data")
+            list(read_documents(source, list_inputs(source)[0], Tally()))
+
+
 # --- validation
 
 

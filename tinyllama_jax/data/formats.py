@@ -161,8 +161,18 @@ def _tfds_source(name: str) -> Any:
 
 
 def as_text(value: Any, where: str, text_key: str, repaired: Repaired) -> str:
+    """The document that a record's value is; a conversation's turns are lines of one.
+
+    A conversation is a list of texts (UltraChat) or of objects with a `content`. Roles are not
+    written: chat templates are for tuning.
+    """
     if value is None:
         return ""
+    if isinstance(value, list) and value:
+        turns = [turn.get("content") if isinstance(turn, dict) else turn for turn in value]
+        texts = [turn for turn in turns if isinstance(turn, str)]
+        if len(texts) == len(turns):
+            value = "\n".join(texts)
     if not isinstance(value, str | bytes):
         raise no_text(where, text_key, type(value).__name__)
     if len(value) > _LONGEST_LINE:
