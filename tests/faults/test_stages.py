@@ -9,8 +9,6 @@ from tests.faults.trainer import logged, losses, saved
 STAGED = "tests/faults/staged_config.py"
 LAST = 35
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def staged(trainer):
@@ -60,6 +58,7 @@ def test_batches_left_out_over_a_border_stay_left_out(trainer):
     assert [int(line["tokens_seen"]) for line in steps[25:28]] == [26 * 512, 28 * 512, 30 * 512]
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_run(trainer, staged):
     run_dir = trainer.directory / "staged pair"
     two = {"processes": 2, "devices": 2}
