@@ -79,7 +79,7 @@ class RowOrder:
       skip: batches that are left out, as `data.skip`.
 
     Raises:
-      ValueError: a mixture that cannot be, as `Mixture` and `Ramp`.
+      ValueError: a mixture that cannot be, as `Mixture`.
     """
 
     def __init__(self, changes: Sequence[Change], skip: str = ""):
