@@ -122,7 +122,7 @@ class StageConfig:
     name: str = ""  # stages follow each other in the order of their names, 2 before 10
     train_tokens: int = 0  # all stages together: training.train_tokens
     # Shares of the tokens, as "web:0.7,code:0.3", of the sources that are read; "": of all, by the
-    # weights in data.sources.
+    # weights in data.sources, which evaluation always goes by.
     weights: str = ""
     ramp_tokens: int = 0  # in which the shares go from the last stage's to these, a straight line
     global_batch_tokens: int = 0  # 0: training.global_batch_tokens
@@ -235,19 +235,20 @@ class Config:
         """The stages with their steps, in order; a run without any is one.
 
         A stage is so many batches; one that is left out (`data.skip`) makes its stage shorter, and
-        the last one longer. So which stage a batch belongs to never changes.
+        the last one longer by as many tokens. So which stage a batch belongs to never changes.
         """
         training, left_out = self.training, skipped_ranges(self.data.skip)
         entries = self.stages or (StageConfig(train_tokens=training.train_tokens),)
         sizes = [entry.global_batch_tokens or training.global_batch_tokens for entry in entries]
         counts = [-(-e.train_tokens // size) for e, size in zip(entries, sizes, strict=True)]
         timeline: list[Stage] = []
+        budget = sum(count * size for count, size in zip(counts, sizes, strict=True))
         batch = step = tokens = 0
         for entry, size, count in zip(entries, sizes, counts, strict=True):
             end_batch = batch + count
             end = end_batch - sum(min(b, end_batch) - a for a, b in left_out if a < end_batch)
             if end_batch == sum(counts):
-                end = end_batch  # what is left out is made up for at the end
+                end = step - (tokens - budget) // size
             rows = size // self.data.seq_len
             timeline.append(Stage(entry, batch, end_batch, step, end, tokens, size, rows))
             tokens += (end - step) * size
@@ -372,7 +373,7 @@ def _build_named(cls: Any, tree: Any, path: str, problems: list[str]) -> tuple[A
         if not isinstance(entry, Mapping):
             problems.append(f"{path}.{name} = {entry!r}: set it to {example}")
     # Sorted by name, so that their order does not hang on the file's layout.
-    by_name = _numbers_in_order if cls is StageConfig else str
+    by_name: Any = (lambda name: (_numbers_in_order(name), name)) if cls is StageConfig else str
     return tuple(
         _build(cls, {**entries[name], "name": name}, f"{path}.{name}", problems)
         for name in sorted(entries, key=by_name)
@@ -381,7 +382,7 @@ def _build_named(cls: Any, tree: Any, path: str, problems: list[str]) -> tuple[A
 
 
 def _numbers_in_order(name: str) -> list[tuple[str, int]]:
-    """stage2 comes before stage10."""
+    """stage2 comes before stage10; of names that differ by zeros alone, the shorter one."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 

@@ -129,6 +129,36 @@ def test_units_divide_the_chunks_and_not_the_documents(tmp_path, chunks_each, ch
     assert nonempty == [document.tolist() for document in expected]
 
 
+@pytest.mark.parametrize("chunks_each", [1, 2, 3, 7])
+def test_units_around_a_missing_chunk_give_the_same(tmp_path, chunks_each):
+    """What is behind the gap is a document without its beginning, wherever units are cut."""
+    pack(tmp_path, {"a": [np.arange(3, 90), np.arange(3, 60)]}, chunk_size=20)
+    (tmp_path / "a_0000000002.bin").unlink()
+    paths = sorted(map(str, tmp_path.glob("*.bin")))
+
+    def found(each):
+        documents = []
+        for start in range(0, len(paths), each):
+            documents += litpkds.read_documents(
+                paths[start : start + each], BOS, EOS, lambda *chunk: None,
+                before=paths[start - 1] if start else "", after=paths[start + each :],
+            )  # fmt: skip
+        return [(document.begins, document.ids.tolist()) for document in documents]
+
+    assert found(chunks_each) == found(len(paths))
+    assert (False, list(range(62, 90))) in found(chunks_each)
+
+
+def test_a_document_over_more_chunks_than_are_looked_at_is_told(tmp_path):
+    pack(tmp_path, {"a": [np.arange(3, 3 + 70 * 20)]}, chunk_size=20)
+    paths = sorted(map(str, tmp_path.glob("*.bin")))
+    after = paths[1:][: litpkds.CHUNKS_BEHIND]
+    with pytest.raises(ValueError, match=r"goes on for 64 chunks, .*pack larger chunks"):
+        list(litpkds.read_documents(paths[:1], BOS, EOS, lambda *chunk: None, after=after))
+    (document,) = litpkds.read_documents(paths, BOS, EOS, lambda *chunk: None)
+    assert len(document.ids) == 70 * 20
+
+
 def test_prepared_by_units_of_one_chunk_it_is_the_same(tmp_path, one_file_each):
     expected = documents(5, 150)
     pack(tmp_path / "raw", {"a_0": expected[:90], "a_1": expected[90:]}, chunk_size=60)
@@ -146,7 +176,7 @@ def test_chunks_of_another_tokenizer_are_refused(tmp_path, monkeypatch):
         list(litpkds.read_documents(paths, 5000, EOS, lambda *chunk: None))
     monkeypatch.setattr(litpkds, "_LONGEST_DOCUMENT", 60)
     pack(tmp_path / "long", {"a": [np.arange(3, 200)]}, chunk_size=50)
-    with pytest.raises(ValueError, match="hold 60 ids, or 64 chunks, without BOS"):
+    with pytest.raises(ValueError, match="hold 60 ids without BOS"):
         read(tmp_path / "long")
 
 

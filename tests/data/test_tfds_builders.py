@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.data.test_subsets import document, slim_pajama, starcoder  # noqa: F401 - fixtures
 
 READ = """
@@ -54,6 +56,58 @@ def test_starcoder(starcoder, tmp_path):  # noqa: F811
     assert records[3]["content"].startswith("<reponame>c-sharp 0</s> ")
     assert records[3]["max_stars_repo_name"] == "someone/something"
     assert streams == ["corpus.agda", "corpus.python"]
+
+
+def builder_of(tmp_path):
+    from tinyllama_jax.data import tfds_builders
+
+    return tfds_builders.TinyllamaSlimPajama(data_dir=str(tmp_path / "tfds"))
+
+
+def build(builder, manual_dir, **options):
+    import tensorflow_datasets as tfds
+
+    config = tfds.download.DownloadConfig(manual_dir=str(manual_dir), **options)
+    builder.download_and_prepare(download_config=config)
+
+
+def test_written_a_few_at_a_time_in_many_shards(slim_pajama, tmp_path, monkeypatch):  # noqa: F811
+    from tinyllama_jax.data import tfds_builders
+
+    monkeypatch.setattr(tfds_builders, "_CHARS_AT_ONCE", 300)
+    monkeypatch.setattr(tfds_builders, "_EXAMPLES_PER_SHARD", 7)
+    (tmp_path / "SlimPajama-627B").symlink_to(slim_pajama.parent)
+    builder = builder_of(tmp_path)
+    build(builder, tmp_path)
+    assert len(builder.info.splits["train"].shard_lengths) == 35
+    records = builder.as_data_source(split="train")
+    found = [(r["text"].decode(), r["meta"]["redpajama_set_name"].decode()) for r in records]
+    assert found == [document(number) for number in range(240)]
+
+
+def test_a_trial_of_a_few(slim_pajama, tmp_path):  # noqa: F811
+    (tmp_path / "SlimPajama-627B").symlink_to(slim_pajama.parent)
+    builder = builder_of(tmp_path)
+    build(builder, tmp_path, max_examples_per_split=10)
+    assert builder.info.splits["train"].num_examples == 10
+
+
+def test_nothing_to_read_is_no_data_set(tmp_path):
+    (tmp_path / "SlimPajama-627B").mkdir()
+    with pytest.raises(ValueError, match=r"holds nothing to read\. Put the repository cerebras/Sl"):
+        build(builder_of(tmp_path), tmp_path)
+    (tmp_path / "SlimPajama-627B/train").mkdir()
+    (tmp_path / "SlimPajama-627B/train/example_0.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="the files of train hold nothing"):
+        build(builder_of(tmp_path), tmp_path)
+    assert not (tmp_path / "tfds/tinyllama_slim_pajama/1.0.0").exists()  # so it can be done again
+
+
+def test_another_format_is_refused(tmp_path):
+    from tinyllama_jax.data import tfds_builders
+
+    with pytest.raises(ValueError, match="it is written as array_record, not riegeli"):
+        tfds_builders.TinyllamaSlimPajama(data_dir=str(tmp_path), file_format="riegeli")
 
 
 def test_what_was_not_downloaded(tmp_path):

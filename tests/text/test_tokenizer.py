@@ -2,6 +2,9 @@
 
 import pickle
 import random
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -141,18 +144,43 @@ def test_the_fast_batch_on_real_text(llama, test_data):
 def test_the_fast_batch_forgets_segments_when_there_are_too_many(shipped, monkeypatch):
     from tinyllama_jax.text import segments
 
-    monkeypatch.setattr(segments, "_CACHE_CHARS", 200)
+    monkeypatch.setattr(segments, "_CACHE_BYTES", 5000)
     monkeypatch.setattr(segments, "_SLICE_CHARS", 100)
     tokenizer = Tokenizer.from_bytes(shipped.model_proto)
     choice = random.Random(0)
     text = " ".join(f"word{choice.randrange(300)}" for _ in range(2000))
     assert tokenizer.encode_batch([text, "", text])[2].tolist() == shipped.encode(text)
-    assert tokenizer._segments._cached_chars < 500
+    assert tokenizer._segments._cached_bytes < 10_000
     words = [f"word{number}" for number in range(60)]
     for number in range(3000):  # never anything new, but again and again from the older ones
         tokenizer.encode_batch([words[number % 60]])
         held = tokenizer._segments._ids.keys() | tokenizer._segments._older.keys()
-        assert sum(map(len, held)) < 1000
+        assert len(held) < 120
+
+
+@pytest.mark.parametrize("first", ["a", "\u4e00"])
+def test_the_memory_of_the_fast_batch_is_bounded(first):
+    """Ever new words, short and of two-byte characters too, cost what the bound says."""
+    program = f"""
+        import random
+        from tinyllama_jax.text import segments
+        from tinyllama_jax.text.tokenizer import Tokenizer
+        def megabytes():
+            status = open("/proc/self/status").read()
+            return int(status.split("VmRSS:")[1].split()[0]) // 1024
+        segments._CACHE_BYTES = 20_000_000
+        tokenizer, choice = Tokenizer(), random.Random(0)
+        tokenizer.encode_batch(["a"])
+        letters = [chr({ord(first)} + n) for n in range(26)]
+        before = megabytes()
+        for _ in range(60):
+            words = ("".join(choice.choices(letters, k=5)) for _ in range(10_000))
+            tokenizer.encode_batch([" ".join(words)])
+        print(megabytes() - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 10 < int(done.stdout) < 70  # two generations of 20 MB, and what one batch takes
 
 
 @pytest.mark.parametrize("kind", ["NORMAL", "USER_DEFINED", "UNUSED"])

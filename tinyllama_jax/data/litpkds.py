@@ -132,6 +132,7 @@ def read_documents(
             # A chunk that was filled up ends its last document, as within a sequence.
             left = goes_on and not filling(read_chunk(before), bos_id)
         if not goes_on:
+            left = False
             yield from close()
             _require_beginning(path, ids, bos_id)
         rest = ids[: starts[0] if len(starts) else len(ids)]
@@ -165,7 +166,12 @@ def read_documents(
             break
     else:
         if open_document is not None and len(after) >= CHUNKS_BEHIND:
-            raise _no_such_document(last, bos_id)  # it goes on for longer than is looked
+            raise ValueError(
+                f"a document goes on for {CHUNKS_BEHIND} chunks, up to {last} and maybe beyond, "
+                f"which is as far as is looked behind a unit: pack larger chunks, or make it a "
+                f"source of its own; without BOS ({bos_id}) at all, the chunks were packed with "
+                f"another tokenizer than data.tokenizer"
+            )
     yield from close()
 
 
@@ -180,9 +186,8 @@ def _require_beginning(path: str, ids: np.ndarray, bos_id: int) -> None:
 
 def _no_such_document(path: str, bos_id: int) -> ValueError:
     return ValueError(
-        f"{path} and the chunks before it hold {_LONGEST_DOCUMENT:,} ids, or {CHUNKS_BEHIND} "
-        f"chunks, without BOS ({bos_id}), which no document has: they were packed with another "
-        f"tokenizer than data.tokenizer"
+        f"{path} and the chunks before it hold {_LONGEST_DOCUMENT:,} ids without BOS ({bos_id}), "
+        f"which no document has: they were packed with another tokenizer than data.tokenizer"
     )
 
 

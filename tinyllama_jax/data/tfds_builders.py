@@ -58,6 +58,11 @@ class _FromDownloads(tfds.core.GeneratorBasedBuilder):
         info = self._info()  # of where it is written; its own knows of where it will be
         writer = tfds.core.SequentialWriter(info, _EXAMPLES_PER_SHARD, file_format="array_record")
         splits = self._split_generators(dl_manager)
+        if not splits:
+            raise ValueError(
+                f"{self._directory(dl_manager)} holds nothing to read. "
+                f"{self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+            )
         writer.initialize_splits(list(splits))
         most = getattr(download_config, "max_examples_per_split", None)
         for split, examples in splits.items():

@@ -25,9 +25,10 @@ _CUT = re.compile(r"\n|(?<=[^ \n]) ")  # a segment starts at the match
 # what a text begins with; a newline is its own.
 _WORD, _HEAD, _LINE = "", " ", "\n"
 _SLICE_CHARS = 1 << 16  # so that one huge document does not become one huge list of segments
-# Segments known at once, in characters: those met lately, and as many that were before; about
-# 300 MB at most.
-_CACHE_CHARS = 1 << 22
+# Memory of the segments met lately, and as much of those that were before. A segment takes about
+# 160 bytes in the dict and for its two objects, beside its characters and its ids.
+_CACHE_BYTES = 150_000_000
+_SEGMENT_BYTES = 160
 
 
 class SegmentEncoder:
@@ -45,7 +46,7 @@ class SegmentEncoder:
         # The int32 ids of each segment, by what `_keys` makes of it.
         self._ids: dict[str, bytes] = {}
         self._older: dict[str, bytes] = {}
-        self._cached_chars = 0
+        self._cached_bytes = 0
 
     @classmethod
     def of_model(cls, spec: Any) -> SegmentEncoder | None:
@@ -95,8 +96,8 @@ class SegmentEncoder:
             while stop < len(slices) and chars < _SLICE_CHARS:
                 chars += len(slices[stop])
                 stop += 1
-            if self._cached_chars > _CACHE_CHARS:
-                self._older, self._ids, self._cached_chars = self._ids, {}, 0
+            if self._cached_bytes > _CACHE_BYTES:
+                self._older, self._ids, self._cached_bytes = self._ids, {}, 0
             keys = [_keys(text) for text in slices[start:stop]]
             ids = [list(map(self._ids.get, of_slice)) for of_slice in keys]
             missing = [[at for at, found in enumerate(of) if found is None] for of in ids]
@@ -115,9 +116,11 @@ class SegmentEncoder:
                 self._ids[key] = self._older[key]
             else:
                 new[key[:1] if key[:1] in new else _WORD].append(key)
-        self._cached_chars += sum(map(len, keys))
-        if not any(new.values()):
-            return
+        if any(new.values()):
+            self._encode_new(new)
+        self._cached_bytes += sum(_SEGMENT_BYTES + len(key) + len(self._ids[key]) for key in keys)
+
+    def _encode_new(self, new: dict[str, list[str]]) -> None:
         # All in one text, each behind a newline: its id tells where they end.
         texts = [f"\n {key}" for key in new[_WORD]]
         texts += [f"\n{key[1:]}" for key in new[_HEAD]]
