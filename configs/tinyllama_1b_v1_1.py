@@ -3,7 +3,7 @@
 Command:   python -m tinyllama_jax.train --config=configs/tinyllama_1b_v1_1.py
                --config.data.sources.slimpajama.path=/data/SlimPajama-627B/train
                --config.data.sources.starcoder.path=/data/starcoderdata
-               --config.data.sources.proof_pile.path=/data/proof-pile-2
+               '--config.data.sources.proof_pile.path=/data/proof-pile-2/*/train/*.jsonl.zst'
                --config.data.tokenizer=/data/llama2/tokenizer.model
 Hardware:  the card: A100-40G, 4 to a node; not how many
 Time:      not run with this code
@@ -30,14 +30,17 @@ def get_config():
     config.data.tokenizer = "data/tokenizer.model"  # Llama 2's, 32,000 pieces
     config.data.sources.slimpajama = source(
         path="data/SlimPajama-627B/train", format="jsonl", weight=75,
-        subset_key="meta.redpajama_set_name",
+        subset_key="meta.redpajama_set_name",  # whole, GitHub included: the card leaves none out
     )  # fmt: skip
     config.data.sources.starcoder = source(
         path="data/starcoderdata", format="parquet", text_key="content", weight=15,
         subset_key="directory",
     )  # fmt: skip
     config.data.sources.proof_pile = source(
-        path="data/proof-pile-2", format="jsonl", weight=10, subset_key="directory"
+        path="data/proof-pile-2/*/train/*.jsonl.zst",  # without its validation and test files
+        format="jsonl",
+        weight=10,
+        subset_key="directory",
     )
     config.data.seq_len = 2048
     config.optimizer.update(

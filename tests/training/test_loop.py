@@ -284,7 +284,7 @@ def test_stages_have_their_batches_and_learning_rates(staged):
     for before, after in itertools.pairwise(records):
         batch = after["tokens_seen"] - before["tokens_seen"]
         assert after["tokens_per_second"] == pytest.approx(batch / after["step_seconds"])
-    with Checkpointer(staged[0], STAGED.checkpoint) as checkpoints:
+    with Checkpointer(staged[0], STAGED.checkpoint, STAGED.tokens_at) as checkpoints:
         # The first at or past each multiple of 10 rows, and the last two.
         assert checkpoints.steps() == [3, 5, 6, 7, 8, 9, 10, 11]
 
@@ -292,7 +292,7 @@ def test_stages_have_their_batches_and_learning_rates(staged):
 def test_a_step_of_a_stage_is_the_step_of_a_run_with_such_a_batch(staged):
     """The sixth step, of 12 rows, is what a run without stages makes of the fifth's state."""
     config = with_settings("training", global_batch_tokens=12 * S, train_tokens=72 * S)
-    with Checkpointer(staged[0], STAGED.checkpoint) as checkpoints:
+    with Checkpointer(staged[0], STAGED.checkpoint, STAGED.tokens_at) as checkpoints:
         abstract = jax.eval_shape(lambda: staged[1])
         before, after = (checkpoints.restore(abstract, step).state for step in (5, 6))
     model, optimizer = Llama(config.model), make_optimizer(config.optimizer)

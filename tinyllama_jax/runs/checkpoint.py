@@ -61,15 +61,16 @@ class Checkpointer:
     Args:
       run_dir: the run directory.
       settings: how many steps are kept.
-      tokens_at: the tokens that so many steps see, for milestones; unless given, as many.
+      tokens_at: the tokens that so many steps see; needed where there are milestones.
     """
 
     def __init__(
         self,
         run_dir: Path,
         settings: CheckpointConfig,
-        tokens_at: Callable[[int], int] = lambda step: step,
+        tokens_at: Callable[[int], int] | None = None,
     ):
+        assert tokens_at or not settings.milestone_tokens, settings
         self._directory = Path(run_dir).resolve() / CHECKPOINTS
         self._settings = settings
         self._tokens_at = tokens_at

@@ -23,18 +23,23 @@ _TRANSIENT = re.compile(r"\d+\.(unsealed|replaced|superseded|removed)")
 
 
 def steps_to_keep(
-    steps: Sequence[int], keep_last: int, milestone_tokens: int, tokens_at: Callable[[int], int]
+    steps: Sequence[int],
+    keep_last: int,
+    milestone_tokens: int,
+    tokens_at: Callable[[int], int] | None,
 ) -> set[int]:
     """The newest `keep_last` steps, and the first step at or past each multiple of
     `milestone_tokens` (0: none) tokens.
 
     Args:
       steps: the sealed steps, ascending.
-      tokens_at: the tokens that so many steps see.
+      tokens_at: the tokens that so many steps see; None where there are no milestones.
     """
     keep = set(steps[-keep_last:])
     reached = 0
-    for step in steps if milestone_tokens else ():
+    if not milestone_tokens or tokens_at is None:
+        return keep
+    for step in steps:
         multiple = tokens_at(step) // milestone_tokens
         if multiple > reached:
             keep.add(step)

@@ -121,7 +121,7 @@ class SegmentEncoder:
         self._cached_bytes += sum(_SEGMENT_BYTES + len(key) + len(self._ids[key]) for key in keys)
 
     def _encode_new(self, new: dict[str, list[str]]) -> None:
-        # All in one text, each behind a newline: its id tells where they end.
+        """All in one text, each behind a newline: its id tells where they end."""
         texts = [f"\n {key}" for key in new[_WORD]]
         texts += [f"\n{key[1:]}" for key in new[_HEAD]]
         texts += new[_LINE]

@@ -105,12 +105,13 @@ def _source(source: SourceConfig, config: Config, tokenizer: Tokenizer) -> Findi
 
 def _batch(config: Config, parameters: int, rows_over: int) -> Finding:
     training = config.training
+    unless = ", unless a stage says otherwise" if config.stages else ""
     each = f" on each of {rows_over} devices" if rows_over > 1 else ""
     return Finding(
         "batch",
         f"{training.global_batch_tokens:,} tokens a step = {config.batch_rows} sequences of "
         f"{config.data.seq_len} = {config.accumulation_steps(rows_over)} passes of "
-        f"{training.micro_batch_size}{each}; {config.total_steps:,} steps, "
+        f"{training.micro_batch_size}{each}{unless}; {config.total_steps:,} steps, "
         f"{training.train_tokens:,} tokens, {training.train_tokens / parameters:.3g} per parameter "
         f"({parameters:,})",
     )
@@ -121,7 +122,9 @@ def _stages(config: Config, rows_over: int) -> list[Finding]:
     findings = []
     width = config.model.d_model
     if not all(stage.settings.schedule for stage in config.timeline):
-        findings += _learning_rate("learning rate", config.optimizer, config.total_steps, width)
+        # Which goes by tokens: in steps of the run's own batch.
+        steps = -(-config.training.train_tokens // config.training.global_batch_tokens)
+        findings += _learning_rate("learning rate", config.optimizer, steps, width)
     for stage in config.timeline if config.stages else ():
         settings, name = stage.settings, f"stage {stage.settings.name}"
         slowly = f", reached over {settings.ramp_tokens:,} tokens" if settings.ramp_tokens else ""
