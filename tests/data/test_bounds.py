@@ -1,17 +1,19 @@
 """Files made to fill memory, by accident or not: refused, or given in pieces."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
 from tinyllama_jax.config import SourceConfig
-from tinyllama_jax.data import formats
+from tinyllama_jax.data import formats, parquet_pages
 from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
 
 
@@ -80,7 +82,7 @@ def test_a_line_that_no_document_has(tmp_path, short):
 
 
 MEASURED = """
-    import sys
+    import itertools, sys
     from tinyllama_jax.config import SourceConfig
     from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
     import pyarrow.parquet, zstandard
@@ -93,7 +95,7 @@ MEASURED = """
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
     try:
-        for document in read_documents(source, entry, Tally()):
+        for document in itertools.islice(read_documents(source, entry, Tally()), int(sys.argv[2])):
             pass
     except ValueError as error:
         print(error)
@@ -101,9 +103,9 @@ MEASURED = """
 """
 
 
-def megabytes_used(path):
+def megabytes_used(path, documents=10**9):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURED), str(path)],
+        [sys.executable, "-c", textwrap.dedent(MEASURED), str(path), str(documents)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     *said, used = done.stdout.splitlines()
@@ -142,11 +144,68 @@ def test_books_in_parquet(tmp_path, rows):
         "the same book": [book] * 300,
         "letters, then books": ["a"] * 60_000 + [f"{number} {book}" for number in range(100)],
     }[rows]
-    # Pages of few rows: one is unpacked whole, however large its writer made it.
     table = pyarrow.table({"text": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", write_batch_size=4)
     said, used = megabytes_used(tmp_path / "a.parquet")
-    assert not said and used < 600
+    assert not said and used < 300
+
+
+def test_a_large_row_group_in_parquet(tmp_path):
+    """400 MB in one, which packs badly: what was read is not kept."""
+    letters = np.random.default_rng(0).integers(97, 123, 400_000_000, dtype=np.uint8).tobytes()
+    books = [letters[start : start + 4_000_000] for start in range(0, len(letters), 4_000_000)]
+    table = pyarrow.table({"text": pyarrow.array(books, pyarrow.binary())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", write_batch_size=4)
+    assert pyarrow.parquet.read_metadata(tmp_path / "a.parquet").num_row_groups == 1
+    said, used = megabytes_used(tmp_path / "a.parquet")
+    assert not said and used < 200
+
+
+@pytest.mark.parametrize("books", [100, 150])
+def test_a_large_page_in_parquet(tmp_path, books):
+    """As pyarrow writes by default: 420 MB in one page are read, 630 MB are not."""
+    table = pyarrow.table({"text": [f"{number} " + "a book " * 600_000 for number in range(books)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    said, used = megabytes_used(tmp_path / "a.parquet")
+    if books == 100:
+        assert not said and used < 1100
+    else:
+        assert re.search(r"row group 0 has a page of 600 MiB.*write_batch_size=16", said)
+        assert used < 100
+
+
+def test_one_large_text_in_every_row_of_parquet(tmp_path):
+    """40,000 times 100 MB, in a file of 100 MB: a page's value that rows share."""
+    book = pyarrow.array(["a book " * 14_000_000])
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 40_000), book)
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    said, used = megabytes_used(tmp_path / "a.parquet", documents=20)
+    assert not said and used < 1400
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"data_page_version": "2.0"}, {"compression": "zstd"}, {"compression": "none"},
+        {"use_dictionary": False}, {"write_page_checksum": True}, {"write_statistics": False},
+        {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+        {"write_page_index": True},
+    ],
+)  # fmt: skip
+def test_the_sizes_of_pages(tmp_path, settings):
+    """All that a column has, but for the headers, in which the least and the greatest value are."""
+    texts = [f"{number} " * (number % 97) for number in range(20_000)]
+    table = pyarrow.table({"other": range(len(texts)), "text": texts})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "a.parquet", data_page_size=10_000, row_group_size=9_000, **settings
+    )
+    metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
+    assert metadata.num_row_groups == 3
+    for number in range(3):
+        group = metadata.row_group(number)
+        sizes = list(parquet_pages._page_sizes(tmp_path / "a.parquet", group, ["text"]))
+        headers = group.column(1).total_uncompressed_size - sum(sizes)
+        assert len(sizes) > 1 and 10 * len(sizes) < headers < 1000 * len(sizes)
 
 
 def test_a_flood_of_line_ends(tmp_path):

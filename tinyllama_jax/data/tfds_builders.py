@@ -22,10 +22,10 @@ import tensorflow_datasets as tfds
 
 from tinyllama_jax.config import SourceConfig
 from tinyllama_jax.data import formats
+from tinyllama_jax.data.parquet_pages import bounded_batches, open_parquet
 from tinyllama_jax.data.sources import list_inputs
 
 _SET = "redpajama_set_name"
-_ROWS_PER_BATCH = 256
 _EXAMPLES_PER_SHARD = 1_000_000
 _CHARS_AT_ONCE = 1 << 24
 
@@ -140,15 +140,14 @@ class TinyllamaStarcoder(_FromDownloads):
 
     def _generate_examples(self, directory: pathlib.Path) -> Iterator[tuple[str, dict]]:
         import pyarrow
-        import pyarrow.parquet
 
         source = SourceConfig(name=self.name, path=str(directory), format="parquet")
         for entry in list_inputs(source):
             language, number = entry.name.partition("/")[0], 0
-            with pyarrow.parquet.ParquetFile(entry.path) as file:
+            with open_parquet(entry.path) as file:
                 # Issues, commits and notebooks lack some of them.
                 columns = [name for name in self.COLUMNS if name in file.schema_arrow.names]
-                for batch in file.iter_batches(_ROWS_PER_BATCH, columns=columns):
+                for batch in bounded_batches(entry.path, file, columns, formats.ROWS_PER_BATCH):
                     # As bytes: pyarrow does not check that strings are UTF-8.
                     texts = batch.cast(
                         pyarrow.schema([(name, pyarrow.large_binary()) for name in columns])
