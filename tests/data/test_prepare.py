@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import random
 import shutil
 import signal
@@ -323,6 +324,58 @@ def test_a_document_of_10_mb_comes_back(tmp_path):
     ids = stream_of(directory, "train")
     ends = np.flatnonzero(ids == tokenizer.eos_id)
     assert [tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]] == ["before", text]
+
+
+FEW_FILES = """
+import pickle, resource, sys
+from tinyllama_jax.data.prepare import prepare_sources
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
+prepare_sources(pickle.load(sys.stdin.buffer), workers=1)
+"""
+
+
+def _prepared_with_few_files(data, limit):
+    command = [sys.executable, "-c", FEW_FILES, str(limit)]
+    return subprocess.run(command, input=pickle.dumps(data), capture_output=True)
+
+
+def test_few_descriptors_are_enough_for_many_languages(tmp_path):
+    """86, as Starcoderdata has, in one unit, each with documents to train on and to hold out."""
+    for number in range(86):
+        (tmp_path / f"raw/{number}").mkdir(parents=True)
+        lines = [json.dumps({"text": f"{number} {document}"}) for document in range(40)]
+        (tmp_path / f"raw/{number}/a.jsonl").write_text("\n".join(lines))
+    source = SourceConfig(
+        name="code", path=str(tmp_path / "raw"), subset_key="directory", validation_fraction=0.2
+    )
+    data = DataConfig(sources=(source,), prepared=str(tmp_path / "prepared"))
+    done = _prepared_with_few_files(data, 256)
+    assert done.returncode == 0, done.stderr
+    streams = prepare.prepare_sources(data)
+    assert len(streams) == 86
+    documents = [
+        Stream(directory / split).manifest.documents
+        for directory in streams.values()
+        for split in ("train", "validation")
+    ]
+    assert sum(documents) == 86 * 40 and min(documents) > 0
+
+
+@pytest.mark.parametrize("files", [1, 300])
+def test_more_subsets_than_files_may_be_open(tmp_path, files):
+    """Whether a file to be read, or one to be written, is the one too many."""
+    (tmp_path / "raw").mkdir()
+    for number in range(files):
+        records = [{"text": "a b c", "of": f"s{number + n}"} for n in range(300 // files)]
+        lines = "\n".join(map(json.dumps, records))
+        (tmp_path / f"raw/{number}.jsonl").write_text(lines)
+    source = SourceConfig(name="code", path=str(tmp_path / "raw"), subset_key="of")
+    data = DataConfig(sources=(source,), prepared=str(tmp_path / "prepared"))
+    done = _prepared_with_few_files(data, 64)
+    assert b"a process may have 64 files open here" in done.stderr
+    assert b"Too many open files" in done.stderr and b"ulimit -n 4096" in done.stderr
+    assert b"make room" not in done.stderr
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_damaged_record_of_a_unit_is_work_to_do(corpus, reference, tmp_path):

@@ -14,6 +14,7 @@ Nothing here knows of sequence lengths: the same prepared corpus serves any.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -184,6 +185,9 @@ class ShardWriter:
         self._filled = 0
 
     def _write_error(self, error: RuntimeError) -> OSError:
+        too_many = os.strerror(errno.EMFILE)
+        if too_many in str(error):  # opening fails without a word: the first page tells of it
+            return OSError(errno.EMFILE, too_many, str(self._partial))
         return OSError(
             f"cannot write {self._partial}: {error}; make room on the disk, or set data.prepared "
             f"to a directory on a larger one, and start again: finished shards are kept"

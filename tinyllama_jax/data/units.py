@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import pathlib
+import resource
 import shutil
 import socket
 import tempfile
@@ -174,6 +175,13 @@ def write_unit(unit: Unit, tokenizer: Tokenizer, advance: Advance) -> None:
                 f"there is no room left on the disk of {unit.directory} ({error}); free some, or "
                 f"set data.prepared to a directory on a larger disk. Finished shards are kept: "
                 f"start again to continue"
+            ) from error
+        if error.errno == errno.EMFILE:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise OSError(
+                f"{unit.directory}: a process may have {limit} files open here, and each subset of "
+                f"text to train on or to hold out is one that is written ({error}); allow more: "
+                "ulimit -n 4096. Finished shards are kept: start again to continue"
             ) from error
         raise
 
