@@ -10,10 +10,9 @@ Time:      not run with this code
 Loss:      not run with this code
 
 The card tells of 1.5T tokens of SlimPajama alone; of 350B with text of a domain, whose share rises
-on a straight line over the first 6B or so; of a cooldown of 150B in which the batch grows from
-about 1.8M to 7.2M tokens while the cosine goes on. The shares of the last two stages, 75, 15 and
-10, are remembered from the card's table and were not read there again: compare them first. Batches
-here are what passes of 8 sequences on 4, 8, 16, 28 or 56 GPUs divide.
+on a straight line over the first 6B or so, to 75, 15 and 10%; of a cooldown of 150B in which the
+batch grows from about 1.8M to 7.2M tokens while the cosine goes on. It does not give the exact
+batch: those here are what passes of 8 sequences on 4, 8, 16, 28 or 56 GPUs divide.
 """
 
 import dataclasses
