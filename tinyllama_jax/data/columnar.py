@@ -22,11 +22,16 @@ from tinyllama_jax.data.parquet_pages import bounded_batches, open_parquet
 
 
 def read_parquet(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
-    """Each row; memory is that of 16 rows, and twice that of a page, which is unpacked whole."""
+    """Each row; memory is that of 16 rows, and of the pages, which are unpacked whole."""
     with _telling_of_damage(path, "parquet"), open_parquet(path) as file:
         _require_columns(path, file.schema_arrow, keys)
         rows = file.metadata.num_rows
-        batches = bounded_batches(path, file, _columns(keys), ROWS_PER_BATCH)
+        columns = _columns(keys)
+        schema = file.metadata.schema
+        paths = [schema.column(leaf).path for leaf in range(len(schema))]
+        if "." in keys.subset and keys.subset in paths:
+            columns[-1] = keys.subset  # without the rest of its struct
+        batches = bounded_batches(path, file, columns, ROWS_PER_BATCH)
         yield from _of_batches(path, batches, rows, keys, repaired, advance)
 
 
@@ -93,7 +98,7 @@ def _telling_of_damage(path: str, what: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # the file system's, not the content's
         raise ValueError(f"{path} cannot be read as {what}: {error}") from error

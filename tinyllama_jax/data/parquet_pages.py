@@ -1,22 +1,56 @@
 """Rows of a parquet file in bounded memory, however large its row groups and pages are.
 
 Two things would otherwise grow with the file: what pyarrow reads ahead (row groups, kept until the
-end), and a page, which is unpacked whole: writers end one after so many rows (pyarrow: 1,024), so
-that one of books can have 2 GiB. How large each will be is told only by the page's header, a struct
-in Thrift's compact protocol: https://parquet.apache.org/docs/file-format/.
+end), and a page, which is unpacked whole. Writers end one after so many rows (pyarrow 1,024, DuckDB
+122,880), so one of books can have 2 GiB. How large it will be is told only by its header, a struct
+in Thrift's compact protocol (https://parquet.apache.org/docs/file-format/). Where the headers are
+is read here too: pyarrow, asked for it, ends the process where the file is damaged or encrypted.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-# Reading takes about twice this: the page, and the values of it. 1,000 books have about 400 MiB.
-_LARGEST_PAGE = 512 << 20
-_LARGEST_BATCH = 64 << 20
+# Bytes of a dictionary and a page of each column: unpacked at once, of which twice as much comes.
+_MOST_UNPACKED = 1 << 30
+_BATCH_BYTES, _LARGEST_BATCH = 16 << 20, 64 << 20
 _READ_AHEAD = 1 << 20
-_BOOL, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
+_HEADER_BYTES = (1 << 12, 16 << 20)  # nearly all; the most that pyarrow takes
+
+# Numbers of fields, and values, of parquet.thrift.
+_ROW_GROUPS, _COLUMNS, _META_DATA = 4, 1, 3
+_ENCODINGS, _PATH, _COMPRESSED_SIZE, _DATA_PAGE, _DICTIONARY_PAGE = 2, 3, 7, 9, 11
+_UNPACKED, _PACKED, _OF_DATA, _OF_DICTIONARY, _OF_DATA_V2, _VALUES = 2, 3, 5, 7, 8, 1
+_DELTA_BYTE_ARRAY = 7
+
+# Kinds of values in the compact protocol.
+_BOOLS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = (
+    (1, 2),
+    3,
+    (4, 5, 6),
+    7,
+    8,
+    (9, 10),
+    12,
+)
+# What comes of reading what is no such thing.
+_SENSELESS = (ArithmeticError, EOFError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class _Chunk(NamedTuple):
+    start: int
+    end: int
+    beginnings_shared: bool  # by its texts
+
+
+class _Page(NamedTuple):
+    is_dictionary: bool
+    unpacked: int  # bytes
+    values: int
 
 
 def open_parquet(path: str) -> Any:
@@ -29,94 +63,136 @@ def open_parquet(path: str) -> Any:
 def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> Iterator[Any]:
     """The rows of `file` (`open_parquet(path)`), at most `rows` at a time, of the columns alone.
 
-    Raises ValueError where a page of them holds more than 512 MiB.
+    Args:
+      columns: names, or paths into structs ("meta.set"): then of the struct that field alone.
+
+    Raises ValueError where more than 1 GiB of them would be unpacked at once.
     """
-    for group in range(file.metadata.num_row_groups):
-        largest = max(_page_sizes(path, file.metadata.row_group(group), columns), default=0)
-        if largest > _LARGEST_PAGE:
-            raise ValueError(
-                f"{path}: row group {group} has a page of {largest >> 20:,} MiB, which is unpacked "
-                f"whole, in each worker; more than {_LARGEST_PAGE >> 20} MiB are not read. Write "
-                "the file anew with smaller ones: import pyarrow.parquet as p; "
-                f"p.write_table(p.read_table({path!r}), NEW, write_batch_size=16)"
-            )
-        # A value that many rows share counts once in its page, and in a batch each time.
-        at_once = max(1, min(rows, _LARGEST_BATCH // max(largest, 1)))
-        yield from file.iter_batches(at_once, row_groups=[group], columns=list(columns))
+    at_once = [rows] * file.metadata.num_row_groups
+    with open(path, "rb") as content:
+        for group, chunks in enumerate(_chunks(content, columns)):
+            unpacked, average, shared = 0, 1, 1
+            for chunk in chunks:
+                pages = list(_pages(content, chunk))
+                dictionary = max((p.unpacked for p in pages if p.is_dictionary), default=0)
+                largest = max((p.unpacked for p in pages if not p.is_dictionary), default=0)
+                unpacked += dictionary + largest
+                average = max([average, *(p.unpacked // p.values for p in pages)])
+                # What rows share counts once in its page, and in a batch each time.
+                shared = max(shared, largest if chunk.beginnings_shared else dictionary)
+            if unpacked > _MOST_UNPACKED:
+                raise ValueError(
+                    f"{path}: row group {group} has pages of {unpacked:,} bytes, which each worker "
+                    f"would unpack whole; more than {_MOST_UNPACKED:,} are not read. If the file "
+                    "is sound, write it anew with smaller ones: import pyarrow.parquet as p; "
+                    f"p.write_table(p.read_table({path!r}), NEW, write_batch_size=1)"
+                )
+            fitting = min(rows, _BATCH_BYTES // average, _LARGEST_BATCH // shared)
+            at_once[group] = max(1, fitting)
+    for size, groups in itertools.groupby(range(len(at_once)), at_once.__getitem__):
+        yield from file.iter_batches(size, row_groups=list(groups), columns=list(columns))
 
 
-def _page_sizes(path: str, group: Any, columns: Sequence[str]) -> Iterator[int]:
-    """Bytes, unpacked. Where headers make no sense there is damage, of which pyarrow will tell."""
-    with open(path, "rb") as file:
-        for chunk in map(group.column, range(group.num_columns)):
-            if chunk.path_in_schema.split(".")[0] not in columns:
+def _chunks(file: BinaryIO, columns: Sequence[str]) -> list[list[_Chunk]]:
+    """What each row group has of the columns; none where that makes no sense.
+
+    There the file is damaged, of which pyarrow will tell, or encrypted.
+    """
+    wanted = tuple(f"{column}." for column in columns)
+    try:
+        size = file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, os.SEEK_END)
+        groups = _struct(io.BytesIO(file.read(length)))[_ROW_GROUPS]
+        parts = [[column[_META_DATA] for column in group[_COLUMNS]] for group in groups]
+        return [
+            [
+                _chunk(part, size)
+                for part in of
+                if f"{b'.'.join(part[_PATH]).decode()}.".startswith(wanted)
+            ]
+            for of in parts
+        ]
+    except (*_SENSELESS, OSError):
+        return []
+
+
+def _chunk(part: dict[int, Any], size: int) -> _Chunk:
+    starts = (part.get(_DICTIONARY_PAGE), part[_DATA_PAGE])
+    start = min(start for start in starts if start)  # None or 0: there is no such page
+    end = start + part[_COMPRESSED_SIZE]
+    if not 0 < start < end <= size:
+        raise ValueError(f"from {start} to {end} of {size} bytes")
+    return _Chunk(start, end, _DELTA_BYTE_ARRAY in part[_ENCODINGS])
+
+
+def _pages(file: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
+    """Of a chunk, up to a header that makes no sense."""
+    place = chunk.start
+    while place < chunk.end:
+        for most in _HEADER_BYTES:
+            file.seek(place)
+            content = io.BytesIO(file.read(min(most, chunk.end - place)))
+            try:
+                header = _struct(content)
+                own = header.get(_OF_DATA) or header.get(_OF_DICTIONARY) or header[_OF_DATA_V2]
+                unpacked = max(header[_PACKED], header[_UNPACKED])
+                page = _Page(_OF_DICTIONARY in header, unpacked, max(1, own[_VALUES]))
+                after = place + content.tell() + header[_PACKED]
+                break
+            except _SENSELESS:
                 continue
-            starts = (chunk.dictionary_page_offset, chunk.data_page_offset)
-            start = min(offset for offset in starts if offset)  # None or 0: there is no such page
-            end = start + chunk.total_compressed_size
-            file.seek(start)
-            while file.tell() < end:
-                try:
-                    header = _page_header(file)
-                    unpacked, packed = header[2], header[3]
-                except (EOFError, KeyError, RecursionError):
-                    break
-                if unpacked < 0 or packed < 0:
-                    break
-                yield unpacked
-                file.seek(packed, io.SEEK_CUR)
+        else:
+            return
+        if not place < after <= chunk.end:
+            return
+        yield page
+        place = after
 
 
-def _page_header(file: BinaryIO) -> dict[int, int]:
-    """The whole numbers of a struct by their field's number; what else it holds is passed over."""
-    found, number = {}, 0
-    while kind := _byte(file):
-        step, kind = divmod(kind, 16)
-        number = number + step if step else _integer(file)
-        if kind in _INTEGERS:
-            found[number] = _integer(file)
-        elif kind not in _BOOL:  # a field's kind is its value
-            _pass_over(file, kind)
-    return found
+def _struct(file: io.BytesIO) -> dict[int, Any]:
+    """What a struct holds, by the numbers of its fields."""
+    fields, number = {}, 0
+    while head := _byte(file):
+        step, kind = divmod(head, 16)
+        number = number + step if step else _signed(file)
+        fields[number] = kind == _BOOLS[0] if kind in _BOOLS else _value(file, kind)
+    return fields
 
 
-def _pass_over(file: BinaryIO, kind: int) -> None:
-    if kind in (*_BOOL, _BYTE):
-        _byte(file)
-    elif kind in _INTEGERS:
-        _unsigned(file)
-    elif kind == _DOUBLE:
-        file.seek(8, io.SEEK_CUR)
-    elif kind == _BINARY:
-        file.seek(_unsigned(file), io.SEEK_CUR)
-    elif kind in _LISTS:
+def _value(file: io.BytesIO, kind: int) -> Any:
+    if kind in (*_BOOLS, _BYTE):
+        return _byte(file)
+    if kind in _INTEGERS:
+        return _signed(file)
+    if kind == _DOUBLE:
+        return file.read(8)
+    if kind == _BINARY:
+        return file.read(_unsigned(file))
+    if kind in _LISTS:
         length, of = divmod(_byte(file), 16)
-        for _ in range(_unsigned(file) if length == 15 else length):
-            _pass_over(file, of)
-    elif kind == _STRUCT:
-        _page_header(file)
-    else:  # a map, or no kind at all: no page's header has one
-        raise EOFError
+        return [_value(file, of) for _ in range(_unsigned(file) if length == 15 else length)]
+    if kind == _STRUCT:
+        return _struct(file)
+    raise ValueError(f"parquet has no values of kind {kind}")
 
 
-def _unsigned(file: BinaryIO) -> int:
-    value, shift = 0, 0
-    while True:
-        byte = _byte(file)
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value
-        if shift > 63:
-            raise EOFError
-
-
-def _integer(file: BinaryIO) -> int:
+def _signed(file: io.BytesIO) -> int:
     value = _unsigned(file)
     return (value >> 1) ^ -(value & 1)
 
 
-def _byte(file: BinaryIO) -> int:
+def _unsigned(file: io.BytesIO) -> int:
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = _byte(file)
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value
+    raise ValueError("a number of more than 64 bits")
+
+
+def _byte(file: io.BytesIO) -> int:
     byte = file.read(1)
     if not byte:
         raise EOFError
