@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-# Bytes of a dictionary and a page of each column: unpacked at once, of which twice as much comes.
+# Bytes unpacked at once: of each column a dictionary and a page. Reading takes up to twice as much.
 _MOST_UNPACKED = 1 << 30
 _BATCH_BYTES, _LARGEST_BATCH = 16 << 20, 64 << 20
 _READ_AHEAD = 1 << 20
@@ -28,15 +28,8 @@ _UNPACKED, _PACKED, _OF_DATA, _OF_DICTIONARY, _OF_DATA_V2, _VALUES = 2, 3, 5, 7,
 _DELTA_BYTE_ARRAY = 7
 
 # Kinds of values in the compact protocol.
-_BOOLS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = (
-    (1, 2),
-    3,
-    (4, 5, 6),
-    7,
-    8,
-    (9, 10),
-    12,
-)
+_BOOLS, _INTEGERS, _LISTS = (1, 2), (4, 5, 6), (9, 10)
+_BYTE, _DOUBLE, _BINARY, _STRUCT = 3, 7, 8, 12
 # What comes of reading what is no such thing.
 _SENSELESS = (ArithmeticError, EOFError, LookupError, RecursionError, TypeError, ValueError)
 
