@@ -229,6 +229,19 @@ def test_a_name_with_a_point(tmp_path, monkeypatch):
         read(tmp_path / "a.parquet", text_key="a.b")
 
 
+def test_a_row_group_without_rows_does_not_lift_the_bound(tmp_path, monkeypatch):
+    table = pyarrow.table({"text": [f"{number} " * 9 for number in range(100)]})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for part in (table, table.slice(0, 0), table):
+            writer.write_table(part)
+    metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
+    assert [metadata.row_group(number).num_rows for number in range(3)] == [100, 0, 100]
+    assert len(read(tmp_path / "a.parquet")[0]) == 200
+    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 1000)
+    with pytest.raises(ValueError, match="row group 0 has pages of 3,"):
+        read(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("key", ["text", "other"])
 def test_an_encrypted_column(tmp_path, key):
     """Whichever column pyarrow is asked of, it ends the process where one is encrypted."""
@@ -242,6 +255,7 @@ def test_an_encrypted_column(tmp_path, key):
     pyarrow.parquet.write_table(table, path, encryption_properties=properties)
     if key == "other":
         assert [document.text for document in read(path)[0]] == ["a text"] * 9
+        assert len(pages_of(path)[0]) == 2
     else:
         with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet: .*decrypt"):
             read(path)

@@ -9,13 +9,14 @@ is read here too: pyarrow, asked for it, ends the process where the file is dama
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-# Bytes unpacked at once: of each column a dictionary and a page. Reading takes up to twice as much.
+# Bytes unpacked at once: of each column a dictionary and a page. Reading takes about twice as much.
 _MOST_UNPACKED = 1 << 30
 _BATCH_BYTES, _LARGEST_BATCH = 16 << 20, 64 << 20
 _READ_AHEAD = 1 << 20
@@ -87,27 +88,28 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
 
 
 def _chunks(file: BinaryIO, columns: Sequence[str]) -> list[list[_Chunk]]:
-    """What each row group has of the columns; none where that makes no sense.
+    """What each row group has of the columns.
 
-    There the file is damaged, of which pyarrow will tell, or encrypted.
+    What makes no sense is left out: there the file is damaged, of which pyarrow will tell, or
+    encrypted; a row group without rows has nothing.
     """
     wanted = tuple(f"{column}." for column in columns)
+    size = file.seek(0, os.SEEK_END)
     try:
-        size = file.seek(-8, os.SEEK_END)
+        file.seek(size - 8)
         length = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - length, os.SEEK_END)
-        groups = _struct(io.BytesIO(file.read(length)))[_ROW_GROUPS]
-        parts = [[column[_META_DATA] for column in group[_COLUMNS]] for group in groups]
-        return [
-            [
-                _chunk(part, size)
-                for part in of
-                if f"{b'.'.join(part[_PATH]).decode()}.".startswith(wanted)
-            ]
-            for of in parts
-        ]
-    except (*_SENSELESS, OSError):
+        file.seek(size - 8 - length)
+        groups = [group[_COLUMNS] for group in _struct(io.BytesIO(file.read(length)))[_ROW_GROUPS]]
+    except _SENSELESS:
         return []
+    found: list[list[_Chunk]] = [[] for _ in groups]
+    for chunks, group in zip(found, groups, strict=True):
+        for column in group:
+            with contextlib.suppress(*_SENSELESS):
+                part = column[_META_DATA]
+                if f"{b'.'.join(part[_PATH]).decode()}.".startswith(wanted):
+                    chunks.append(_chunk(part, size))
+    return found
 
 
 def _chunk(part: dict[int, Any], size: int) -> _Chunk:
