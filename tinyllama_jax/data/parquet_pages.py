@@ -9,7 +9,6 @@ is read here too: pyarrow, asked for it, ends the process where the file is dama
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import os
@@ -23,8 +22,8 @@ _READ_AHEAD = 1 << 20
 _HEADER_BYTES = (1 << 12, 16 << 20)  # nearly all; the most that pyarrow takes
 
 # Numbers of fields, and values, of parquet.thrift.
-_ROW_GROUPS, _COLUMNS, _META_DATA = 4, 1, 3
-_ENCODINGS, _PATH, _COMPRESSED_SIZE, _DATA_PAGE, _DICTIONARY_PAGE = 2, 3, 7, 9, 11
+_ROW_GROUPS, _COLUMNS, _META_DATA, _ENCRYPTED = 4, 1, 3, 8
+_PATH, _NUM_VALUES, _DATA_PAGE, _DICTIONARY_PAGE = 3, 5, 9, 11
 _UNPACKED, _PACKED, _OF_DATA, _OF_DICTIONARY, _OF_DATA_V2, _VALUES = 2, 3, 5, 7, 8, 1
 _DELTA_BYTE_ARRAY = 7
 
@@ -32,19 +31,27 @@ _DELTA_BYTE_ARRAY = 7
 _BOOLS, _INTEGERS, _LISTS = (1, 2), (4, 5, 6), (9, 10)
 _BYTE, _DOUBLE, _BINARY, _STRUCT = 3, 7, 8, 12
 # What comes of reading what is no such thing.
-_SENSELESS = (ArithmeticError, EOFError, LookupError, RecursionError, TypeError, ValueError)
+_SENSELESS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class _Chunk(NamedTuple):
     start: int
-    end: int
-    beginnings_shared: bool  # by its texts
+    values: int
 
 
 class _Page(NamedTuple):
     is_dictionary: bool
     unpacked: int  # bytes
     values: int
+    beginnings_shared: bool  # by its texts
 
 
 def open_parquet(path: str) -> Any:
@@ -73,7 +80,8 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
                 unpacked += dictionary + largest
                 average = max([average, *(p.unpacked // p.values for p in pages)])
                 # What rows share counts once in its page, and in a batch each time.
-                shared = max(shared, largest if chunk.beginnings_shared else dictionary)
+                beginnings_shared = any(p.beginnings_shared for p in pages)
+                shared = max(shared, largest if beginnings_shared else dictionary)
             if unpacked > _MOST_UNPACKED:
                 raise ValueError(
                     f"{path}: row group {group} has pages of {unpacked:,} bytes, which each worker "
@@ -88,61 +96,66 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
 
 
 def _chunks(file: BinaryIO, columns: Sequence[str]) -> list[list[_Chunk]]:
-    """What each row group has of the columns.
-
-    What makes no sense is left out: there the file is damaged, of which pyarrow will tell, or
-    encrypted; a row group without rows has nothing.
-    """
+    """What each row group has of the columns, but for what is encrypted: pyarrow tells of that."""
     wanted = tuple(f"{column}." for column in columns)
     size = file.seek(0, os.SEEK_END)
     try:
         file.seek(size - 8)
         length = int.from_bytes(file.read(4), "little")
         file.seek(size - 8 - length)
-        groups = [group[_COLUMNS] for group in _struct(io.BytesIO(file.read(length)))[_ROW_GROUPS]]
-    except _SENSELESS:
-        return []
-    found: list[list[_Chunk]] = [[] for _ in groups]
-    for chunks, group in zip(found, groups, strict=True):
-        for column in group:
-            with contextlib.suppress(*_SENSELESS):
-                part = column[_META_DATA]
-                if f"{b'.'.join(part[_PATH]).decode()}.".startswith(wanted):
-                    chunks.append(_chunk(part, size))
-    return found
+        groups = _struct(io.BytesIO(file.read(length)))[_ROW_GROUPS]
+        parts = [
+            [of[_META_DATA] for of in group[_COLUMNS] if _ENCRYPTED not in of] for group in groups
+        ]
+        return [
+            [
+                _chunk(part)
+                for part in of
+                if f"{b'.'.join(part[_PATH]).decode()}.".startswith(wanted)
+            ]
+            for of in parts
+        ]
+    except _SENSELESS as error:
+        raise _damaged(file, size - 8) from error
 
 
-def _chunk(part: dict[int, Any], size: int) -> _Chunk:
-    starts = (part.get(_DICTIONARY_PAGE), part[_DATA_PAGE])
-    start = min(start for start in starts if start)  # None or 0: there is no such page
-    end = start + part[_COMPRESSED_SIZE]
-    if not 0 < start < end <= size:
-        raise ValueError(f"from {start} to {end} of {size} bytes")
-    return _Chunk(start, end, _DELTA_BYTE_ARRAY in part[_ENCODINGS])
+def _chunk(part: dict[int, Any]) -> _Chunk:
+    starts = (part.get(_DICTIONARY_PAGE) or 0, part[_DATA_PAGE])  # 0: there is no such page
+    return _Chunk(min((start for start in starts if start > 0), default=0), part[_NUM_VALUES])
 
 
 def _pages(file: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
-    """Of a chunk, up to a header that makes no sense."""
-    place = chunk.start
-    while place < chunk.end:
+    """As many as its values take. Of one that is not read, nothing would be known: ValueError."""
+    place, left = chunk.start, chunk.values
+    while left > 0:
         for most in _HEADER_BYTES:
             file.seek(place)
-            content = io.BytesIO(file.read(min(most, chunk.end - place)))
+            content = io.BytesIO(file.read(most))
             try:
                 header = _struct(content)
-                own = header.get(_OF_DATA) or header.get(_OF_DICTIONARY) or header[_OF_DATA_V2]
+                data = header.get(_OF_DATA) or header.get(_OF_DATA_V2) or {_VALUES: 0}
+                values = header.get(_OF_DICTIONARY, data)[_VALUES]
+                delta = data.get(4 if _OF_DATA_V2 in header else 2) == _DELTA_BYTE_ARRAY
                 unpacked = max(header[_PACKED], header[_UNPACKED])
-                page = _Page(_OF_DICTIONARY in header, unpacked, max(1, own[_VALUES]))
+                page = _Page(_OF_DICTIONARY in header, unpacked, max(1, values), delta)
                 after = place + content.tell() + header[_PACKED]
+                left -= data[_VALUES]
                 break
-            except _SENSELESS:
-                continue
+            except _SENSELESS as error:
+                senseless = error
         else:
-            return
-        if not place < after <= chunk.end:
-            return
+            raise _damaged(file, place) from senseless
+        if after <= place or data[_VALUES] < 0:
+            raise _damaged(file, place)
         yield page
         place = after
+
+
+def _damaged(file: BinaryIO, place: int) -> ValueError:
+    return ValueError(
+        f"{file.name} cannot be read as parquet: near byte {place:,} it does not tell how large "
+        "its pages are; it is damaged, or of an unknown kind: leave it out, or write it anew"
+    )
 
 
 def _struct(file: io.BytesIO) -> dict[int, Any]:
