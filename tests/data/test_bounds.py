@@ -9,6 +9,7 @@ import textwrap
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pyarrow.parquet.encryption as encryption
 import pytest
@@ -310,6 +311,31 @@ def test_one_large_text_in_every_row_of_parquet(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
     said, used = megabytes_used(tmp_path / "a.parquet", documents=20)
     assert not said and used < 1400
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_columns_of_arrow_that_are_not_read(tmp_path, kind):
+    """400 MB in 20 kB of zstd are not unpacked."""
+    table = pyarrow.table({"other": ["x" * 400_000_000], "text": ["a text"]})
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    new = pyarrow.ipc.new_stream if kind == "stream" else pyarrow.ipc.new_file
+    with new(tmp_path / "a.arrow", table.schema, options=options) as writer:
+        writer.write_table(table)
+    del table
+    assert (tmp_path / "a.arrow").stat().st_size < 50_000
+    assert [document.text for document in read(tmp_path / "a.arrow")[0]] == ["a text"]
+    said, used = megabytes_used(tmp_path / "a.arrow")
+    assert not said and used < 100
+
+
+def test_one_large_text_in_every_row_of_arrow(tmp_path):
+    book = pyarrow.array(["a book " * 14_000_000])
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 40_000), book)
+    table = pyarrow.table({"text": rows})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    said, used = megabytes_used(tmp_path / "a.arrow", documents=20)
+    assert not said and used < 1000
 
 
 @pytest.mark.parametrize(

@@ -41,17 +41,26 @@ def read_arrow(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> I
     import pyarrow.ipc
 
     with _telling_of_damage(path, "Arrow"), pyarrow.memory_map(path) as file:
+        opened = pyarrow.ipc.open_stream
         try:
-            reader = pyarrow.ipc.open_stream(file)
-            batches = iter(reader)
+            schema = opened(file).schema
         except pyarrow.ArrowInvalid:
-            reader = pyarrow.ipc.open_file(file)
+            opened = pyarrow.ipc.open_file
+            schema = opened(file).schema
+        _require_columns(path, schema, keys)
+        wanted = sorted(map(schema.get_field_index, _columns(keys)))
+        file.seek(0)
+        # Others may be large, and packed.
+        reader = opened(file, options=pyarrow.ipc.IpcReadOptions(included_fields=wanted))
+        if opened is pyarrow.ipc.open_stream:
+            batches = iter(reader)
+        else:
             batches = map(reader.get_batch, range(reader.num_record_batches))
-        _require_columns(path, reader.schema, keys)
+        # What rows share is there once, and in each of those that are made of it.
+        shared = pyarrow.types.is_dictionary(schema.field(keys.text).type)
+        rows = 1 if shared else ROWS_PER_BATCH
         parts = (
-            batch.select(_columns(keys)).slice(start, ROWS_PER_BATCH)
-            for batch in batches
-            for start in range(0, len(batch), ROWS_PER_BATCH)
+            batch.slice(start, rows) for batch in batches for start in range(0, len(batch), rows)
         )
         # How many rows there are is not known before the end.
         yield from _of_batches(path, parts, 0, keys, repaired, lambda count: None)
