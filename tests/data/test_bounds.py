@@ -1,14 +1,18 @@
 """Files made to fill memory, by accident or not: refused, or given in pieces."""
 
 import base64
+import collections
 import io
+import itertools
 import json
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import numpy as np
 import pyarrow
+import pyarrow.feather
 import pyarrow.ipc
 import pyarrow.parquet
 import pyarrow.parquet.encryption as encryption
@@ -16,7 +20,8 @@ import pytest
 import zstandard
 
 from tinyllama_jax.config import SourceConfig
-from tinyllama_jax.data import formats, parquet_pages
+from tinyllama_jax.data import columnar, formats, parquet_pages
+from tinyllama_jax.data.arrow_messages import most_unpacked
 from tinyllama_jax.data.sources import Tally, list_inputs, read_documents
 
 
@@ -192,7 +197,8 @@ def test_too_large_a_page_in_parquet(tmp_path, monkeypatch, rows):
 
 def pages_of(path):
     with open(path, "rb") as file:
-        groups = parquet_pages._chunks(file, ["text"])
+        names = pyarrow.parquet.read_schema(path).names
+        groups = parquet_pages._chunks(file, [name == "text" for name in names])
         return [list(parquet_pages._pages(file, chunk)) for (chunk,) in groups]
 
 
@@ -246,6 +252,43 @@ def test_a_page_of_another_kind_does_not_lift_the_bound(tmp_path, monkeypatch):
     assert list(parquet_pages._pages(whole, chunk))[1:] == pages
 
 
+def page(*fields):
+    """A header of 7 values in 9 bytes, packed in 5, with fields changed, and those bytes."""
+    kind, unpacked, packed, rest = fields
+    return bytes([0x15, kind, 0x15, unpacked, 0x15, packed, *rest, 0]) + b"12345"
+
+
+OF_DATA, OF_DICTIONARY = (0x2C, 0x15, 2 * 7, 0), (0x4C, 0x15, 2 * 7, 0)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        page(0, 2 * 9 + 1, 2 * 5, OF_DATA),  # -10 bytes: 4 GB, to who reads 32 bits
+        page(0, 2 * 9, 1, OF_DATA),
+        page(0, 2 * 9, 2 * 5, (0x2C, 0x15, 1, 0)),
+        page(0, 2 * 9, 2 * 5, OF_DICTIONARY),
+        page(0, 2 * 9, 2 * 5, (*OF_DATA, 0x05, 0x84, 0x80, 0x08, 2)),  # the second field once more
+        b"",
+    ],
+)
+def test_headers_of_pages_that_make_no_sense(tmp_path, refused):
+
+    sound = page(0, 2 * 9, 2 * 5, OF_DATA)
+    passed_over = page(2, 2 * 9, 2 * 5, OF_DATA)
+    chunk = parquet_pages._Chunk(0, 14)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(sound + passed_over + sound)
+    with path.open("rb") as file:
+        found = [tuple(page) for page in parquet_pages._pages(file, chunk)]
+    assert found == [(False, 9, 7, False), (False, 9, 1, False), (False, 9, 7, False)]
+    path.write_bytes(sound + refused)
+    with path.open("rb") as file, pytest.raises(ValueError, match=f"near byte {len(sound)} it"):
+        list(parquet_pages._pages(file, chunk))
+    with path.open("rb") as file, pytest.raises(ValueError, match=f"near byte {1 << 63:,} it"):
+        list(parquet_pages._pages(file, parquet_pages._Chunk(1 << 63, 14)))
+
+
 def test_a_row_group_without_rows_does_not_lift_the_bound(tmp_path, monkeypatch):
     table = pyarrow.table({"text": [f"{number} " * 9 for number in range(100)]})
     with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
@@ -257,6 +300,74 @@ def test_a_row_group_without_rows_does_not_lift_the_bound(tmp_path, monkeypatch)
     monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 1000)
     with pytest.raises(ValueError, match="row group 0 has pages of 3,"):
         read(tmp_path / "a.parquet")
+
+
+def group_of_one_chunk(*places):
+    """A row group as parquet writes it: 7 values of "text", with the places of its pages."""
+    about = bytes([0x39, 0x18, 4, *b"text", 0x26, 2 * 7, *places, 0])  # a list of texts, a number
+    return bytes([0x19, 0x1C, 0x3C, *about, 0, 0])  # a list of structs with one in the third field
+
+
+def test_a_chunk_whose_dictionary_is_nowhere():
+    """Some writers say 0, or less, where there is none."""
+    for place, start in ((2 * 5, 5), (0, 9), (1, 9)):  # 1: -1
+        content = parquet_pages._Compact(group_of_one_chunk(0x46, 2 * 9, 0x26, place))
+        assert list(parquet_pages._chunks_of_group(content, [True])) == [(start, 7)]
+        assert content.at == len(content.content)
+    content = parquet_pages._Compact(group_of_one_chunk(0x46, 2 * 9, 0x06, 2 * 9, 2 * 9))
+    with pytest.raises(ValueError, match="field 9 is there twice"):
+        list(parquet_pages._chunks_of_group(content, [True]))
+
+
+def test_a_footer_that_hides_a_row_group(tmp_path, monkeypatch):
+    """All that pyarrow reads must have been sized."""
+    table = pyarrow.table({"text": [f"{number} " * 9 for number in range(100)]})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=50)
+    assert len(read(path)[0]) == 100
+    chunks = parquet_pages._chunks
+    monkeypatch.setattr(parquet_pages, "_chunks", lambda *of: itertools.islice(chunks(*of), 1))
+    with pytest.raises(ValueError, match="does not tell how large its pages are"):
+        read(path)
+
+
+LONG = b"\xff" * 8 + b"\x7f"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x4c", b"\x49\xfc", b"\x1c" * 5000, b"\x49\x1c\x1d", b"\x18" + LONG,
+        # Lists of more than the footer has: of bytes, numbers, truth values; a number too large.
+        b"\x19\xf3" + LONG, b"\x19\xf7" + LONG, b"\x19\xf1" + LONG, b"\x05\x88\x80\x08\0\0",
+    ],
+)  # fmt: skip
+def test_a_senseless_footer(tmp_path, content):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content + len(content).to_bytes(4, "little") + b"PAR1")
+    with path.open("rb") as file, pytest.raises(ValueError, match=r"a\.parquet cannot be read"):
+        list(parquet_pages._chunks(file, [True]))
+
+
+def test_a_file_of_many_columns_and_row_groups(tmp_path):
+    """Its footer is gone through, and not kept."""
+    table = pyarrow.table({**{f"c{number}": [number] for number in range(30)}, "text": ["a text"]})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for _ in range(2000):
+            writer.write_table(table)
+    said, used = megabytes_used(tmp_path / "a.parquet")
+    assert not said and used < 120
+
+
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+def test_two_columns_of_one_name(tmp_path, format):
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    if format == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        pyarrow.feather.write_feather(table, tmp_path / "a.arrow")
+    with pytest.raises(ValueError, match=rf"a\.{format} has several columns 'text'"):
+        read(tmp_path / f"a.{format}")
 
 
 @pytest.mark.parametrize("key", ["text", "other"])
@@ -287,21 +398,33 @@ class Plain(encryption.KmsClient):
         return base64.b64decode(wrapped_key)
 
 
-def test_damaged_headers_of_pages(tmp_path):
-    """Whatever byte of a file is another: its texts, or an error that names it."""
+@pytest.mark.parametrize(
+    "settings", [{}, {"data_page_version": "2.0"}, {"use_dictionary": False, "compression": "zstd"}]
+)
+def test_damaged_parquet(tmp_path, settings):
+    """Whatever bytes of a file are others: its texts, or an error that names it."""
     texts = [f"{number} " * 9 for number in range(100)]
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
-    sound = (tmp_path / "a.parquet").read_bytes()
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), path, write_page_checksum=True, **settings
+    )
+    sound = path.read_bytes()
     place = np.random.default_rng(0)
+    outcomes = collections.Counter()
     for _ in range(1500):
         damaged = bytearray(sound)
-        for at in place.integers(0, len(sound), 3):
+        for at in place.integers(0, len(sound), place.integers(1, 4)):
             damaged[at] = place.choice([0, 0x18, 0x7F, 0xFF, place.integers(256)])
-        (tmp_path / "a.parquet").write_bytes(damaged)
+        path.write_bytes(damaged)
         try:
-            read(tmp_path / "a.parquet")
+            found = [document.text for document in read(path)[0]]
         except ValueError as error:
-            assert str(tmp_path / "a.parquet") in str(error)
+            assert str(path) in str(error)
+            outcomes["refused"] += 1
+        else:
+            assert found == texts
+            outcomes["read"] += 1
+    assert min(outcomes["refused"], outcomes["read"]) > 20
 
 
 def test_one_large_text_in_every_row_of_parquet(tmp_path):
@@ -338,12 +461,220 @@ def test_one_large_text_in_every_row_of_arrow(tmp_path):
     assert not said and used < 1000
 
 
+@pytest.mark.parametrize("kind", ["stream", "file"])
+@pytest.mark.parametrize("packing", ["zstd", "lz4"])
+def test_a_large_batch_of_packed_arrow(tmp_path, monkeypatch, kind, packing):
+    """Refused by what it says that it holds, with a line that mends it."""
+    monkeypatch.setattr(columnar, "MOST_UNPACKED", 10_000_000)
+    table = pyarrow.table({"text": [f"{number:4} " + "a book " * 850 for number in range(2000)]})
+    new = pyarrow.ipc.new_stream if kind == "stream" else pyarrow.ipc.new_file
+    options = pyarrow.ipc.IpcWriteOptions(compression=packing)
+    path = tmp_path / "a.arrow"
+    with new(path, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    assert len(read(path)[0]) == 2000
+    with new(path, table.schema, options=options) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match=r"has 11,9\d\d,\d\d\d bytes in a batch") as refused:
+        read(path)
+    *_, mend = str(refused.value).split("without packing: ")
+    exec(mend.replace("NEW", repr(str(path))))
+    assert [d.text for d in read(path)[0]] == table["text"].to_pylist()
+
+
+def test_a_bomb_of_arrow(tmp_path):
+    """3 GB in 100 kB of zstd, of which nothing is unpacked."""
+    texts = ["x" * 200_000_000] * 15
+    table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.large_string())})
+    del texts
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema, options=options) as writer:
+        writer.write_table(table)
+    del table
+    assert (tmp_path / "a.arrow").stat().st_size < 400_000
+    said, used = megabytes_used(tmp_path / "a.arrow")
+    assert "has 3,000,000," in said and used < 100
+
+
+@pytest.mark.parametrize("packing", [None, "zstd"])
+@pytest.mark.parametrize("deltas", [True, False])
+def test_dictionaries_of_arrow(tmp_path, packing, deltas):
+    """What is unpacked of them is kept; those that grow are copied, packed or not."""
+    values = ["x" * 1000, "y" * 3000, "z" * 5000]
+    options = pyarrow.ipc.IpcWriteOptions(compression=packing, emit_dictionary_deltas=deltas)
+    kind = pyarrow.dictionary(pyarrow.int64(), pyarrow.string())
+    schema = pyarrow.schema({"text": kind})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", schema, options=options) as writer:
+        for count in (2, 3):
+            texts = pyarrow.array(values[:count]).dictionary_encode().cast(kind)
+            writer.write(pyarrow.record_batch({"text": texts}))
+    with pyarrow.memory_map(str(tmp_path / "a.arrow")) as file:
+        unpacked = most_unpacked(pyarrow.ipc.MessageReader.open_stream(file), schema, [0])
+    exact = 9000 + 4 * 4 + 3 * 8 if packing else 5000 + 2 * 4 if deltas else 0
+    assert exact <= unpacked <= exact + 64
+    assert [document.text for document in read(tmp_path / "a.arrow")[0]] == values[:2] + values
+
+
+def test_two_arrow_streams_in_one_file(tmp_path):
+    """They are no half of their rows."""
+    table = pyarrow.table({"text": ["a text"] * 9})
+    path = tmp_path / "a.arrow"
+    with pyarrow.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(ValueError, match=r"a\.arrow cannot be read .* bytes stand behind its end"):
+        read(path)
+
+
+def test_an_arrow_file_that_is_no_stream(tmp_path):
+    """As polars writes them, without the length that stands before the schema in a stream."""
+    table = pyarrow.table({"text": ["a text"] * 9})
+    path = tmp_path / "a.arrow"
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    content = bytearray(path.read_bytes())
+    assert content[8:12] == b"\xff" * 4
+    content[8:16] = b"\0" * 8
+    path.write_bytes(content)
+    assert [document.text for document in read(path)[0]] == ["a text"] * 9
+
+
+def write_arrow(path, table, kind="file", **options):
+    new = {"file": pyarrow.ipc.new_file, "stream": pyarrow.ipc.new_stream}[kind]
+    packing = pyarrow.ipc.IpcWriteOptions(compression=options.pop("compression", None))
+    with new(path, table.schema, options=packing) as writer:
+        writer.write_table(table, **options)
+
+
+def test_arrow_that_was_cut(tmp_path):
+    """Between two messages a stream can be cut, and a footer can tell of fewer batches."""
+    table = pyarrow.table({"text": ["a text"] * 100})
+    path = tmp_path / "a.arrow"
+    write_arrow(path, table, "stream", max_chunksize=10)
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-8])
+    with pytest.raises(ValueError, match=r"a\.arrow cannot be read as Arrow: it has no end mark"):
+        read(path)
+    write_arrow(path, table, "file", max_chunksize=10)
+    sound = path.read_bytes()
+    length = int.from_bytes(sound[-10:-6], "little")
+    footer = sound[-10 - length :]
+    (count,) = (at for at in range(0, length, 4) if footer[at : at + 4] == b"\x0a\0\0\0")
+    fewer = footer[:count] + b"\x05" + footer[count + 1 :]
+    path.write_bytes(sound[: -len(footer)] + fewer)
+    with pytest.raises(ValueError, match=r"a\.arrow cannot .* does not tell of all that is in it"):
+        read(path)
+
+
+def test_what_stands_beside_the_subset_in_arrow(tmp_path):
+    """It is neither looked at nor made: here, 100 million nothings in 1 kB, and odd times."""
+    nothings = pyarrow.LargeListArray.from_arrays(
+        pyarrow.array([0, 10**8], pyarrow.int64()), pyarrow.nulls(10**8)
+    )
+    times = pyarrow.array([1], pyarrow.int64())
+    meta = pyarrow.StructArray.from_arrays(
+        [pyarrow.array(["wiki"]), nothings, times.cast(pyarrow.timestamp("ns")),
+         times.view(pyarrow.date64())],
+        ["set", "nothings", "time", "day"],
+    )  # fmt: skip
+    write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": ["a text"], "meta": meta}))
+    tracemalloc.start()
+    (document,), _ = read(tmp_path / "a.arrow", subset_key="meta.set")
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    assert (document.text, document.subset) == ("a text", "wiki")
+    for key, kind in (("meta", "StructType"), ("meta.time", "TimestampType")):
+        with pytest.raises(ValueError, match=rf'row 0 has no text under .*"{key}", but {kind}'):
+            read(tmp_path / "a.arrow", subset_key=key)
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_packed_columns_of_arrow_count_only_where_they_are_read(tmp_path, monkeypatch, kind):
+    """Of columns that are views, each batch has some more buffers."""
+    monkeypatch.setattr(columnar, "MOST_UNPACKED", 100_000)
+    books = pyarrow.array(["a book " * 9000] * 10)
+    columns = {
+        "views": books.cast(pyarrow.string_view()), "books": books,
+        "nothing": pyarrow.nulls(10), "list": pyarrow.array([[1], []] * 5),
+        "text": pyarrow.array(["a text that is no view's own"] * 10).cast(pyarrow.string_view()),
+        "more": books.cast(pyarrow.binary_view()),
+    }  # fmt: skip
+    write_arrow(tmp_path / "a.arrow", pyarrow.table(columns), kind, compression="zstd")
+    found, _ = read(tmp_path / "a.arrow")
+    assert [document.text for document in found] == ["a text that is no view's own"] * 10
+    for key in ("views", "books", "more"):
+        with pytest.raises(ValueError, match=r"a\.arrow has 6\d\d,\d\d\d bytes in a batch"):
+            read(tmp_path / "a.arrow", text_key=key)
+
+
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+def test_a_text_that_no_document_has(tmp_path, short, format):
+    table = pyarrow.table({"text": ["a text", "x" * 9000]})
+    path = tmp_path / f"a.{format}"
+    if format == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        write_arrow(path, table)
+    with pytest.raises(ValueError, match=rf"a\.{format}, row 1: a text of 0 MiB, which no docum"):
+        read(path)
+
+
+def test_a_chunk_of_another_name_is_sized_too(tmp_path, monkeypatch):
+    """pyarrow goes by its place, whatever the chunk says of its name."""
+    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 1000)
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"{number} " * 9 for number in range(100)]})
+    pyarrow.parquet.write_table(table, path, store_schema=False)
+    content = path.read_bytes()
+    at = content.rindex(b"\x04text")
+    path.write_bytes(content[: at + 1] + b"n" + content[at + 2 :])
+    with pytest.raises(ValueError, match="has pages of 3,"):
+        read(path)
+
+
+@pytest.mark.parametrize("packing", [None, "zstd"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_damaged_arrow(tmp_path, packing, shared):
+    """Whatever bytes are others: texts, or an error that names the file."""
+    texts = pyarrow.array([f"{number} " * 9 for number in range(100)])
+    texts = texts.dictionary_encode() if shared else texts
+    table = pyarrow.table({"text": texts, "meta": [{"set": "a set"}] * 100})
+    options = pyarrow.ipc.IpcWriteOptions(compression=packing)
+    path = tmp_path / "a.arrow"
+    with pyarrow.ipc.new_file(path, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=25)
+    sound = path.read_bytes()
+    place = np.random.default_rng(0)
+    for _ in range(500):
+        damaged = bytearray(sound)
+        for at in place.integers(0, len(sound), place.integers(1, 4)):
+            damaged[at] = place.choice([0, 0x7F, 0xFF, place.integers(256)])
+        path.write_bytes(damaged)
+        try:
+            read(path, subset_key="meta.set")
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_the_largest_batch_of_arrow_counts(tmp_path):
+    options = pyarrow.ipc.IpcWriteOptions(compression="lz4")
+    schema = pyarrow.schema({"text": pyarrow.string()})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", schema, options=options) as writer:
+        for texts in (["a text " * 5000], ["a text"]):
+            writer.write(pyarrow.record_batch({"text": texts}))
+    with pyarrow.memory_map(str(tmp_path / "a.arrow")) as file:
+        unpacked = most_unpacked(pyarrow.ipc.MessageReader.open_stream(file), schema, [0])
+    assert 35_000 <= unpacked <= 35_100
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {}, {"data_page_version": "2.0"}, {"compression": "zstd"}, {"compression": "none"},
         {"use_dictionary": False}, {"write_page_checksum": True}, {"write_statistics": False},
         {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+        {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"},
+         "data_page_version": "2.0"},
         {"write_page_index": True},
     ],
 )  # fmt: skip
@@ -357,6 +688,8 @@ def test_the_sizes_of_pages(tmp_path, settings):
     metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
     found = pages_of(tmp_path / "a.parquet")
     assert metadata.num_row_groups == len(found) == 3
+    delta = "column_encoding" in settings
+    assert {page.beginnings_shared for page in found[0]} == {delta}
     for number in range(3):
         sizes = [page.unpacked for page in found[number]]
         headers = metadata.row_group(number).column(1).total_uncompressed_size - sum(sizes)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from tinyllama_jax.data.arrow_messages import messages_of_file, most_unpacked, require_end_of_stream
 from tinyllama_jax.data.formats import (
+    MOST_UNPACKED,
     ROWS_PER_BATCH,
     Advance,
     Keys,
@@ -16,6 +19,7 @@ from tinyllama_jax.data.formats import (
     as_text,
     no_such_key,
     no_text,
+    require_short,
     subset_of,
 )
 from tinyllama_jax.data.parquet_pages import bounded_batches, open_parquet
@@ -38,54 +42,109 @@ def read_parquet(path: str, keys: Keys, repaired: Repaired, advance: Advance) ->
 def read_arrow(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
     """Each row of an Arrow stream, as Hugging Face `datasets` save it, or of an Arrow file."""
     import pyarrow
-    import pyarrow.ipc
+    from pyarrow import ipc
 
     with _telling_of_damage(path, "Arrow"), pyarrow.memory_map(path) as file:
-        opened = pyarrow.ipc.open_stream
-        try:
-            schema = opened(file).schema
-        except pyarrow.ArrowInvalid:
-            opened = pyarrow.ipc.open_file
-            schema = opened(file).schema
+        is_file = file.read(6) == b"ARROW1"
+        opened = ipc.open_file if is_file else ipc.open_stream
+        file.seek(0)
+        schema = opened(file).schema
         _require_columns(path, schema, keys)
+        file.seek(0)
         wanted = sorted(map(schema.get_field_index, _columns(keys)))
+        messages = messages_of_file(file) if is_file else ipc.MessageReader.open_stream(file)
+        _require_bounded(path, opened.__name__, most_unpacked(messages, schema, wanted))
+        if not is_file:
+            require_end_of_stream(file)
         file.seek(0)
         # Others may be large, and packed.
-        reader = opened(file, options=pyarrow.ipc.IpcReadOptions(included_fields=wanted))
-        if opened is pyarrow.ipc.open_stream:
-            batches = iter(reader)
-        else:
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-        # What rows share is there once, and in each of those that are made of it.
-        shared = pyarrow.types.is_dictionary(schema.field(keys.text).type)
-        rows = 1 if shared else ROWS_PER_BATCH
-        parts = (
-            batch.slice(start, rows) for batch in batches for start in range(0, len(batch), rows)
+        reader = opened(file, options=ipc.IpcReadOptions(included_fields=wanted))
+        batches = (
+            map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
         )
         # How many rows there are is not known before the end.
-        yield from _of_batches(path, parts, 0, keys, repaired, lambda count: None)
+        yield from _of_batches(path, batches, 0, keys, repaired, lambda count: None)
     advance(pathlib.Path(path).stat().st_size)
+
+
+def _require_bounded(path: str, opened: str, unpacked: int) -> None:
+    if unpacked > MOST_UNPACKED:
+        raise ValueError(
+            f"{path} has {unpacked:,} bytes in a batch of rows and the dictionaries, which "
+            f"each worker would hold in memory; more than {MOST_UNPACKED:,} are not read. If the "
+            "file is sound, write it anew without packing: import pyarrow.ipc as p; "
+            f"t = p.{opened}({path!r}).read_all(); w = p.new_stream(NEW, t.schema); "
+            "w.write(t); w.close()"
+        )
 
 
 def _of_batches(
     path: str, batches: Iterator[Any], rows: int, keys: Keys, repaired: Repaired, advance: Advance
 ) -> Iterator[Record]:
     """The rows of a file of so many, whose batches hold the columns of `keys` alone."""
-    import pyarrow
-
     size = pathlib.Path(path).stat().st_size
     number = 0
     for batch in batches:
-        # As bytes: pyarrow does not check that strings are UTF-8.
-        texts = batch.column(keys.text).cast(pyarrow.large_binary())
-        name = keys.subset.split(".")[0]
-        subsets = batch.column(name).to_pylist() if name else [None] * len(batch)
-        for text, value in zip(texts, subsets, strict=True):
+        texts = _as_bytes(batch.column(keys.text))
+        for text, record in zip(texts, _with_subset(batch, keys.subset), strict=True):
             where = f"{path}, row {number}"
-            subset = subset_of({name: value}, keys.subset, where)
-            yield Record(number, as_text(text.as_py(), where, keys.text, repaired), subset)
+            subset = subset_of(record, keys.subset, where)
+            yield Record(number, as_text(_content(text, where), where, keys.text, repaired), subset)
             number += 1
         advance(size * len(batch) // max(rows, 1))
+
+
+def _with_subset(batch: Any, key: str) -> Iterator[dict[str, Any]]:
+    """What each row has under `key`, and nothing that stands beside it."""
+    from pyarrow import compute, types
+
+    if not key:
+        yield from itertools.repeat({}, len(batch))
+        return
+    first, *names = key.split(".")
+    column = batch.column(first)
+    for name in names:
+        column.validate()
+        if not types.is_struct(column.type) or column.type.get_field_index(name) < 0:
+            break
+        column = compute.struct_field(column, name)
+    found: Any = [column.type] * len(batch)  # to tell of it, if it is no text
+    if _holds_text(column.type):
+        found = (value.as_py() for value in _as_bytes(column))
+    for record in found:
+        for name in reversed((first, *names)):
+            record = {name: record}
+        yield record
+
+
+def _content(text: Any, where: str) -> bytes | None:
+    import pyarrow
+
+    if not text.is_valid:
+        return None
+    content = (text.value if isinstance(text, pyarrow.DictionaryScalar) else text).as_buffer()
+    require_short(content.size, where)  # before there is a copy
+    return content.to_pybytes()
+
+
+def _as_bytes(column: Any) -> Any:
+    """A column of texts as bytes, which need not be UTF-8.
+
+    Checked: pyarrow ends the process where it makes values of damaged columns.
+    """
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column.indices.validate(full=True)
+        return pyarrow.DictionaryArray.from_arrays(column.indices, _as_bytes(column.dictionary))
+    of_bytes = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }
+    column = column.view(of_bytes.get(column.type, column.type))
+    column.validate(full=True)
+    return column
 
 
 def _columns(keys: Keys) -> list[str]:
@@ -96,6 +155,8 @@ def _require_columns(path: str, schema: Any, keys: Keys) -> None:
     for name in _columns(keys):
         if name not in schema.names:
             raise no_such_key(path, name, schema.names)
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{path} has several columns {name!r}: give each a name of its own")
     kind = schema.field(keys.text).type
     if not _holds_text(kind):
         raise no_text(path, keys.text, str(kind))
@@ -107,7 +168,7 @@ def _telling_of_damage(path: str, what: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # the file system's, not the content's
         raise ValueError(f"{path} cannot be read as {what}: {error}") from error

@@ -34,6 +34,7 @@ class Record(NamedTuple):
 
 _CHUNK_BYTES = 1 << 20
 ROWS_PER_BATCH = 16  # of whatever size: a batch of books is not to fill the memory
+MOST_UNPACKED = 1 << 30  # bytes at once, of what can only be unpacked whole
 _PACKED_BYTES = 1 << 12
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -175,11 +176,15 @@ def as_text(value: Any, where: str, text_key: str, repaired: Repaired) -> str:
             value = "\n".join(texts)
     if not isinstance(value, str | bytes):
         raise no_text(where, text_key, type(value).__name__)
-    if len(value) > _LONGEST_LINE:
-        raise ValueError(
-            f"{where}: a text of {len(value) >> 20} MiB, which no document has; leave it out"
-        )
+    require_short(len(value), where)
     return _decode(value, repaired) if isinstance(value, bytes) else value
+
+
+def require_short(size: int, where: str) -> None:
+    if size > _LONGEST_LINE:
+        raise ValueError(
+            f"{where}: a text of {size >> 20} MiB, which no document has; leave it out"
+        )
 
 
 def no_text(where: str, text_key: str, kind: str) -> ValueError:

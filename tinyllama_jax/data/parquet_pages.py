@@ -9,10 +9,10 @@ is read here too: pyarrow, asked for it, ends the process where the file is dama
 
 from __future__ import annotations
 
-import io
 import itertools
+import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 # Bytes unpacked at once: of each column a dictionary and a page. Reading takes about twice as much.
@@ -21,11 +21,30 @@ _BATCH_BYTES, _LARGEST_BATCH = 16 << 20, 64 << 20
 _READ_AHEAD = 1 << 20
 _HEADER_BYTES = (1 << 12, 16 << 20)  # nearly all; the most that pyarrow takes
 
-# Numbers of fields, and values, of parquet.thrift.
-_ROW_GROUPS, _COLUMNS, _META_DATA, _ENCRYPTED = 4, 1, 3, 8
-_PATH, _NUM_VALUES, _DATA_PAGE, _DICTIONARY_PAGE = 3, 5, 9, 11
-_UNPACKED, _PACKED, _OF_DATA, _OF_DICTIONARY, _OF_DATA_V2, _VALUES = 2, 3, 5, 7, 8, 1
+# Numbers of fields in parquet.thrift: of the file's metadata and a row group; of a chunk of a
+# column, and its metadata; of a page's header, and what that has for each kind of page.
+_ROW_GROUPS, _COLUMNS = 4, 1
+_META_DATA, _ENCRYPTED = 3, 8
+_NUM_VALUES, _DATA_PAGE, _DICTIONARY_PAGE = 5, 9, 11
+_KIND, _UNPACKED, _PACKED, _OF_DATA, _OF_DICTIONARY, _OF_DATA_V2 = 1, 2, 3, 5, 7, 8
+_VALUES, _ENCODING, _ENCODING_V2 = 1, 2, 4
+# Kinds of pages, with the field that is about each, and an encoding.
+_DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
+_HEADERS = {_DATA: _OF_DATA, _DICTIONARY: _OF_DICTIONARY, _DATA_V2: _OF_DATA_V2}
 _DELTA_BYTE_ARRAY = 7
+
+# Which of them are read.
+_Fields = Mapping[int, "_Fields | None"]
+_OF_CHUNK: _Fields = {
+    _META_DATA: dict.fromkeys((_NUM_VALUES, _DATA_PAGE, _DICTIONARY_PAGE)),
+    _ENCRYPTED: {},
+}
+_OF_PAGE: _Fields = {
+    **dict.fromkeys((_KIND, _UNPACKED, _PACKED)),
+    _OF_DATA: dict.fromkeys((_VALUES, _ENCODING)),
+    _OF_DICTIONARY: dict.fromkeys((_VALUES,)),
+    _OF_DATA_V2: dict.fromkeys((_VALUES, _ENCODING_V2)),
+}
 
 # Kinds of values in the compact protocol.
 _BOOLS, _INTEGERS, _LISTS = (1, 2), (4, 5, 6), (9, 10)
@@ -55,10 +74,13 @@ class _Page(NamedTuple):
 
 
 def open_parquet(path: str) -> Any:
-    """A `pyarrow.parquet.ParquetFile` that reads ahead by 1 MiB a column."""
+    """A `pyarrow.parquet.ParquetFile` that reads ahead by 1 MiB a column, and checks
+    the checksums of pages where they are written."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_AHEAD)
+    return pyarrow.parquet.ParquetFile(
+        path, pre_buffer=False, buffer_size=_READ_AHEAD, page_checksum_verification=True
+    )
 
 
 def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> Iterator[Any]:
@@ -67,11 +89,16 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
     Args:
       columns: names, or paths into structs ("meta.set"): then of the struct that field alone.
 
-    Raises ValueError where more than 1 GiB of them would be unpacked at once.
+    Raises ValueError where more than 1 GiB of them would be unpacked at once, and in the end where
+    there are not as many as the file says.
     """
-    at_once = [rows] * file.metadata.num_row_groups
+    names = file.metadata.schema
+    leaves = [f"{names.column(leaf).path}." for leaf in range(len(names))]
+    # By their places: what a chunk says of its own name, pyarrow does not read.
+    wanted = [leaf.startswith(tuple(f"{column}." for column in columns)) for leaf in leaves]
+    at_once = list[int]()
     with open(path, "rb") as content:
-        for group, chunks in enumerate(_chunks(content, columns)):
+        for group, chunks in enumerate(_chunks(content, wanted)):
             unpacked, average, shared = 0, 1, 1
             for chunk in chunks:
                 pages = list(_pages(content, chunk))
@@ -90,63 +117,87 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
                     f"p.write_table(p.read_table({path!r}), NEW, write_batch_size=1)"
                 )
             fitting = min(rows, _BATCH_BYTES // average, _LARGEST_BATCH // shared)
-            at_once[group] = max(1, fitting)
+            at_once.append(max(1, fitting))
+        if len(at_once) != file.metadata.num_row_groups:
+            raise _damaged(content, 0)
+    left = file.metadata.num_rows
     for size, groups in itertools.groupby(range(len(at_once)), at_once.__getitem__):
-        yield from file.iter_batches(size, row_groups=list(groups), columns=list(columns))
+        for batch in file.iter_batches(size, row_groups=list(groups), columns=list(columns)):
+            left -= len(batch)
+            yield batch
+    if left:
+        # Where a page seems to have no bytes, pyarrow is done with its column.
+        raise ValueError(
+            f"{path} cannot be read as parquet: it has {file.metadata.num_rows - left:,} rows, and "
+            f"says {file.metadata.num_rows:,}; it is damaged: leave it out, or write it anew"
+        )
 
 
-def _chunks(file: BinaryIO, columns: Sequence[str]) -> list[list[_Chunk]]:
-    """What each row group has of the columns, but for what is encrypted: pyarrow tells of that."""
-    wanted = tuple(f"{column}." for column in columns)
+def _chunks(file: BinaryIO, wanted: Sequence[bool]) -> Iterator[list[_Chunk]]:
+    """Each row group's of the columns that are wanted, but for encrypted ones: pyarrow tells."""
     size = file.seek(0, os.SEEK_END)
     try:
         file.seek(size - 8)
         length = int.from_bytes(file.read(4), "little")
         file.seek(size - 8 - length)
-        groups = _struct(io.BytesIO(file.read(length)))[_ROW_GROUPS]
-        parts = [
-            [of[_META_DATA] for of in group[_COLUMNS] if _ENCRYPTED not in of] for group in groups
-        ]
-        return [
-            [
-                _chunk(part)
-                for part in of
-                if f"{b'.'.join(part[_PATH]).decode()}.".startswith(wanted)
-            ]
-            for of in parts
-        ]
+        content = _Compact(file.read(length))
+        for number, kind in content.fields():
+            if number != _ROW_GROUPS:
+                content.skip(kind)
+                continue
+            for _ in content.elements():
+                yield list(_chunks_of_group(content, wanted))
     except _SENSELESS as error:
         raise _damaged(file, size - 8) from error
 
 
-def _chunk(part: dict[int, Any]) -> _Chunk:
-    starts = (part.get(_DICTIONARY_PAGE) or 0, part[_DATA_PAGE])  # 0: there is no such page
-    return _Chunk(min((start for start in starts if start > 0), default=0), part[_NUM_VALUES])
+def _chunks_of_group(content: _Compact, wanted: Sequence[bool]) -> Iterator[_Chunk]:
+    for number, kind in content.fields():
+        if number != _COLUMNS:
+            content.skip(kind)
+            continue
+        for kind, is_wanted in zip(content.elements(), wanted, strict=True):
+            if not is_wanted:
+                content.skip(kind)
+                continue
+            chunk = content.struct(_OF_CHUNK)
+            if _ENCRYPTED not in chunk:
+                about = chunk[_META_DATA]
+                # 0: there is no such page.
+                starts = (about.get(_DICTIONARY_PAGE, 0), about[_DATA_PAGE])
+                start = min((start for start in starts if start > 0), default=0)
+                yield _Chunk(start, operator.index(about[_NUM_VALUES]))
 
 
 def _pages(file: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
     """As many as its values take. Of one that is not read, nothing would be known: ValueError."""
     place, left = chunk.start, chunk.values
+    end = file.seek(0, os.SEEK_END)
     while left > 0:
+        if place >= end:
+            raise _damaged(file, place)
         for most in _HEADER_BYTES:
             file.seek(place)
-            content = io.BytesIO(file.read(most))
+            content = _Compact(file.read(most))
             try:
-                header = _struct(content)
-                data = header.get(_OF_DATA) or header.get(_OF_DATA_V2) or {_VALUES: 0}
-                values = header.get(_OF_DICTIONARY, data)[_VALUES]
-                delta = data.get(4 if _OF_DATA_V2 in header else 2) == _DELTA_BYTE_ARRAY
+                header = content.struct(_OF_PAGE)
+                kind = header[_KIND]
+                # Others, as of an index, are passed over.
+                about = header[_HEADERS[kind]] if kind in _HEADERS else {_VALUES: 0}
+                encoding = _ENCODING_V2 if kind == _DATA_V2 else _ENCODING
+                delta = kind != _DICTIONARY and about.get(encoding) == _DELTA_BYTE_ARRAY
                 unpacked = max(header[_PACKED], header[_UNPACKED])
-                page = _Page(_OF_DICTIONARY in header, unpacked, max(1, values), delta)
-                after = place + content.tell() + header[_PACKED]
-                left -= data[_VALUES]
+                page = _Page(kind == _DICTIONARY, unpacked, max(1, about[_VALUES]), delta)
+                after = place + content.at + header[_PACKED]
+                left -= 0 if kind == _DICTIONARY else about[_VALUES]
+                sizes = (header[_PACKED], header[_UNPACKED], about[_VALUES])
+                if not all(0 <= size < 1 << 31 for size in sizes):
+                    raise ValueError("of a number of 32 bits, others read other bits")
                 break
             except _SENSELESS as error:
                 senseless = error
         else:
             raise _damaged(file, place) from senseless
-        if after <= place or data[_VALUES] < 0:
-            raise _damaged(file, place)
         yield page
         place = after
 
@@ -158,50 +209,91 @@ def _damaged(file: BinaryIO, place: int) -> ValueError:
     )
 
 
-def _struct(file: io.BytesIO) -> dict[int, Any]:
-    """What a struct holds, by the numbers of its fields."""
-    fields, number = {}, 0
-    while head := _byte(file):
-        step, kind = divmod(head, 16)
-        number = number + step if step else _signed(file)
-        fields[number] = kind == _BOOLS[0] if kind in _BOOLS else _value(file, kind)
-    return fields
+class _Compact:
+    """Reads values, or passes over them, one after another."""
 
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.at = 0
 
-def _value(file: io.BytesIO, kind: int) -> Any:
-    if kind in (*_BOOLS, _BYTE):
-        return _byte(file)
-    if kind in _INTEGERS:
-        return _signed(file)
-    if kind == _DOUBLE:
-        return file.read(8)
-    if kind == _BINARY:
-        return file.read(_unsigned(file))
-    if kind in _LISTS:
-        length, of = divmod(_byte(file), 16)
-        return [_value(file, of) for _ in range(_unsigned(file) if length == 15 else length)]
-    if kind == _STRUCT:
-        return _struct(file)
-    raise ValueError(f"parquet has no values of kind {kind}")
+    def fields(self) -> Iterator[tuple[int, int]]:
+        """Number and kind of a struct's fields; between two of them the value must be read."""
+        number = 0
+        while head := self.byte():
+            step, kind = divmod(head, 16)
+            number = number + step if step else self.signed()
+            if number >= 1 << 15:
+                raise ValueError(f"no field has number {number}")  # readers may cut it to 16 bits
+            yield number, kind
 
+    def elements(self) -> Iterator[int]:
+        """Their kind, as often as a list has some; between two of them one must be read."""
+        length, kind = divmod(self.byte(), 16)
+        length = self.unsigned() if length == 15 else length
+        return itertools.repeat(kind, length)
 
-def _signed(file: io.BytesIO) -> int:
-    value = _unsigned(file)
-    return (value >> 1) ^ -(value & 1)
+    def struct(self, wanted: _Fields) -> dict[int, Any]:
+        """By their numbers, the fields that are wanted; and of those that are structs, likewise."""
+        found = {}
+        for number, kind in self.fields():
+            if number in found:
+                raise ValueError(f"field {number} is there twice")
+            if number in wanted:
+                found[number] = self.value(kind, wanted[number] or {})
+            else:
+                self.skip(kind)
+        return found
 
+    def value(self, kind: int, wanted: _Fields) -> Any:
+        if kind in _INTEGERS:
+            return self.signed()
+        if kind == _BINARY:
+            length = self.unsigned()
+            self.at += length
+            return self.content[self.at - length : self.at]
+        if kind in _LISTS:
+            return [self.value(of, wanted) for of in self.elements()]
+        if kind == _STRUCT:
+            return self.struct(wanted)
+        raise ValueError(f"a value of kind {kind} where none is")
 
-def _unsigned(file: io.BytesIO) -> int:
-    value = 0
-    for shift in range(0, 64, 7):
-        byte = _byte(file)
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value
-    raise ValueError("a number of more than 64 bits")
+    def skip(self, kind: int) -> None:
+        if kind in _INTEGERS:
+            self.unsigned()
+        elif kind == _BINARY:
+            self.skip_bytes(self.unsigned())
+        elif kind in _LISTS:
+            for of in self.elements():
+                # A truth value has its own byte here, and is part of a field's head elsewhere.
+                self.skip(_BYTE if of in _BOOLS else of)
+        elif kind == _STRUCT:
+            for _, of in self.fields():
+                self.skip(of)
+        elif kind == _BYTE:
+            self.skip_bytes(1)
+        elif kind == _DOUBLE:
+            self.skip_bytes(8)
+        elif kind not in _BOOLS:
+            raise ValueError(f"parquet has no values of kind {kind}")
 
+    def skip_bytes(self, length: int) -> None:
+        self.at += length
+        if self.at > len(self.content):
+            raise EOFError
 
-def _byte(file: io.BytesIO) -> int:
-    byte = file.read(1)
-    if not byte:
-        raise EOFError
-    return byte[0]
+    def signed(self) -> int:
+        value = self.unsigned()
+        return (value >> 1) ^ -(value & 1)
+
+    def unsigned(self) -> int:
+        value = 0
+        for shift in range(0, 64, 7):
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise ValueError("a number of more than 64 bits")
+
+    def byte(self) -> int:
+        self.at += 1
+        return self.content[self.at - 1]
