@@ -1,0 +1,339 @@
+"""Parquet files made to fill memory, to end the process, or to hide rows."""
+
+import base64
+import collections
+import io
+import itertools
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pyarrow.parquet.encryption as encryption
+import pytest
+
+from tests.data.reading import megabytes_used, read
+from tinyllama_jax.data import parquet_pages
+
+
+@pytest.mark.parametrize("rows", ["books", "the same book", "letters, then books"])
+def test_books_in_parquet(tmp_path, rows):
+    """Rows of 4 MB are not read by the hundred, whatever the file says of their sizes."""
+    book = "a book " * 600_000
+    texts = {
+        "books": [f"{number} {book}" for number in range(100)],
+        "the same book": [book] * 300,
+        "letters, then books": ["a"] * 60_000 + [f"{number} {book}" for number in range(100)],
+    }[rows]
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", write_batch_size=4)
+    said, used = megabytes_used(tmp_path / "a.parquet")
+    assert not said and used < 200
+
+
+def test_a_large_row_group_in_parquet(tmp_path):
+    """400 MB in one, which packs badly: what was read is not kept."""
+    letters = np.random.default_rng(0).integers(97, 123, 400_000_000, dtype=np.uint8).tobytes()
+    books = [letters[start : start + 4_000_000] for start in range(0, len(letters), 4_000_000)]
+    table = pyarrow.table({"text": pyarrow.array(books, pyarrow.binary())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", write_batch_size=4)
+    assert pyarrow.parquet.read_metadata(tmp_path / "a.parquet").num_row_groups == 1
+    said, used = megabytes_used(tmp_path / "a.parquet")
+    assert not said and used < 200
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_large_page_in_parquet(tmp_path, dictionary):
+    """420 MB in one page, as pyarrow writes by default, and as others do."""
+    table = pyarrow.table({"text": [f"{number} " + "a book " * 600_000 for number in range(100)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=dictionary)
+    said, used = megabytes_used(tmp_path / "a.parquet")
+    assert not said and used < 1100
+
+
+@pytest.mark.parametrize("rows", [1000, 2000])
+def test_too_large_a_page_in_parquet(tmp_path, monkeypatch, rows):
+    """What 1,000 rows have in common, and 1,000 more that go without, are unpacked at once."""
+    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 10_000_000)
+    table = pyarrow.table({"text": [f"{number:4} " + "a book " * 850 for number in range(rows)]})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, dictionary_pagesize_limit=1)
+    if rows == 1000:
+        assert len(read(path)[0]) == rows
+        return
+    with pytest.raises(ValueError, match="row group 0 has pages of 11,") as refused:
+        read(path)
+    *_, mend = str(refused.value).split("smaller ones: ")
+    exec(mend.replace("NEW", repr(str(path))))
+    assert [d.text for d in read(path)[0]] == table["text"].to_pylist()
+
+
+def pages_of(path):
+    with open(path, "rb") as file:
+        names = pyarrow.parquet.read_schema(path).names
+        groups = parquet_pages._chunks(file, [name == "text" for name in names])
+        return [list(parquet_pages._pages(file, chunk)) for (chunk,) in groups]
+
+
+def test_small_texts_in_a_large_page_are_read_many_at_once(tmp_path):
+    """DuckDB writes all of 122,880 rows into one: they are not read one by one."""
+    texts = [f"{number} " + "a page " * 60 for number in range(200_000)]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False,
+        data_page_size=1 << 30, write_batch_size=200_000, max_rows_per_page=200_000,
+    )  # fmt: skip
+    (page,) = pages_of(tmp_path / "a.parquet")[0]
+    assert page.unpacked > 80_000_000
+    with parquet_pages.open_parquet(str(tmp_path / "a.parquet")) as file:
+        batches = parquet_pages.bounded_batches(str(tmp_path / "a.parquet"), file, ["text"], 16)
+        assert len(next(batches)) == 16
+
+
+def test_only_the_subset_of_a_struct_is_read(tmp_path, monkeypatch):
+    """What else is in it may be large."""
+    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 10_000)
+    meta = [{"set": "wiki", "page": f"{number} " * 100} for number in range(300)]
+    table = pyarrow.table({"text": ["a text"] * 300, "meta": meta})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found, _ = read(tmp_path / "a.parquet", subset_key="meta.set")
+    assert [(d.text, d.subset) for d in found] == [("a text", "wiki")] * 300
+    with pytest.raises(ValueError, match=r"has pages of 1\d\d,"):
+        read(tmp_path / "a.parquet", subset_key="meta")
+
+
+def test_a_name_with_a_point(tmp_path, monkeypatch):
+    table = pyarrow.table({"a.b": [f"{number} " * 9 for number in range(100)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert len(read(tmp_path / "a.parquet", text_key="a.b")[0]) == 100
+    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 1000)
+    with pytest.raises(ValueError, match="has pages of 3,"):
+        read(tmp_path / "a.parquet", text_key="a.b")
+
+
+def test_a_page_of_another_kind_does_not_lift_the_bound(tmp_path, monkeypatch):
+    """An index page (kind 1, of 0 bytes) before the others, which pyarrow passes over."""
+    table = pyarrow.table({"text": [f"{number} " * 9 for number in range(100)]})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path)
+    sound = path.read_bytes()
+    (pages,) = pages_of(path)
+    index = bytes([0x15, 2, 0x15, 0, 0x15, 0, 0x3C, 0, 0])
+    start = pyarrow.parquet.read_metadata(path).row_group(0).column(0).dictionary_page_offset
+    assert start == 4
+    whole = io.BytesIO(index + sound[start:])
+    chunk = parquet_pages._Chunk(0, 100)
+    assert list(parquet_pages._pages(whole, chunk))[1:] == pages
+
+
+def page(*fields):
+    """A header of 7 values in 9 bytes, packed in 5, with fields changed, and those bytes."""
+    kind, unpacked, packed, rest = fields
+    return bytes([0x15, kind, 0x15, unpacked, 0x15, packed, *rest, 0]) + b"12345"
+
+
+OF_DATA, OF_DICTIONARY = (0x2C, 0x15, 2 * 7, 0), (0x4C, 0x15, 2 * 7, 0)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        page(0, 2 * 9 + 1, 2 * 5, OF_DATA),  # -10 bytes: 4 GB, to who reads 32 bits
+        page(0, 2 * 9, 1, OF_DATA),
+        page(0, 2 * 9, 2 * 5, (0x2C, 0x15, 1, 0)),
+        page(0, 2 * 9, 2 * 5, OF_DICTIONARY),
+        page(0, 2 * 9, 2 * 5, (*OF_DATA, 0x05, 0x84, 0x80, 0x08, 2)),  # the second field once more
+        b"",
+    ],
+)
+def test_headers_of_pages_that_make_no_sense(tmp_path, refused):
+
+    sound = page(0, 2 * 9, 2 * 5, OF_DATA)
+    passed_over = page(2, 2 * 9, 2 * 5, OF_DATA)
+    chunk = parquet_pages._Chunk(0, 14)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(sound + passed_over + sound)
+    with path.open("rb") as file:
+        found = [tuple(page) for page in parquet_pages._pages(file, chunk)]
+    assert found == [(False, 9, 7, False), (False, 9, 1, False), (False, 9, 7, False)]
+    path.write_bytes(sound + refused)
+    with path.open("rb") as file, pytest.raises(ValueError, match=f"near byte {len(sound)} it"):
+        list(parquet_pages._pages(file, chunk))
+    with path.open("rb") as file, pytest.raises(ValueError, match=f"near byte {1 << 63:,} it"):
+        list(parquet_pages._pages(file, parquet_pages._Chunk(1 << 63, 14)))
+
+
+def test_a_row_group_without_rows_does_not_lift_the_bound(tmp_path, monkeypatch):
+    table = pyarrow.table({"text": [f"{number} " * 9 for number in range(100)]})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for part in (table, table.slice(0, 0), table):
+            writer.write_table(part)
+    metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
+    assert [metadata.row_group(number).num_rows for number in range(3)] == [100, 0, 100]
+    assert len(read(tmp_path / "a.parquet")[0]) == 200
+    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 1000)
+    with pytest.raises(ValueError, match="row group 0 has pages of 3,"):
+        read(tmp_path / "a.parquet")
+
+
+def group_of_one_chunk(*places):
+    """A row group as parquet writes it: 7 values of "text", with the places of its pages."""
+    about = bytes([0x39, 0x18, 4, *b"text", 0x26, 2 * 7, *places, 0])  # a list of texts, a number
+    return bytes([0x19, 0x1C, 0x3C, *about, 0, 0])  # a list of structs with one in the third field
+
+
+def test_a_chunk_whose_dictionary_is_nowhere():
+    """Some writers say 0, or less, where there is none."""
+    for place, start in ((2 * 5, 5), (0, 9), (1, 9)):  # 1: -1
+        content = parquet_pages._Compact(group_of_one_chunk(0x46, 2 * 9, 0x26, place))
+        assert list(parquet_pages._chunks_of_group(content, [True])) == [(start, 7)]
+        assert content.at == len(content.content)
+    content = parquet_pages._Compact(group_of_one_chunk(0x46, 2 * 9, 0x06, 2 * 9, 2 * 9))
+    with pytest.raises(ValueError, match="field 9 is there twice"):
+        list(parquet_pages._chunks_of_group(content, [True]))
+
+
+def test_a_footer_that_hides_a_row_group(tmp_path, monkeypatch):
+    """All that pyarrow reads must have been sized."""
+    table = pyarrow.table({"text": [f"{number} " * 9 for number in range(100)]})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=50)
+    assert len(read(path)[0]) == 100
+    chunks = parquet_pages._chunks
+    monkeypatch.setattr(parquet_pages, "_chunks", lambda *of: itertools.islice(chunks(*of), 1))
+    with pytest.raises(ValueError, match="does not tell how large its pages are"):
+        read(path)
+
+
+LONG = b"\xff" * 8 + b"\x7f"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x4c", b"\x49\xfc", b"\x1c" * 5000, b"\x49\x1c\x1d", b"\x18" + LONG,
+        # Lists of more than the footer has: of bytes, numbers, truth values; a number too large.
+        b"\x19\xf3" + LONG, b"\x19\xf7" + LONG, b"\x19\xf1" + LONG, b"\x05\x88\x80\x08\0\0",
+    ],
+)  # fmt: skip
+def test_a_senseless_footer(tmp_path, content):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content + len(content).to_bytes(4, "little") + b"PAR1")
+    with path.open("rb") as file, pytest.raises(ValueError, match=r"a\.parquet cannot be read"):
+        list(parquet_pages._chunks(file, [True]))
+
+
+def test_a_file_of_many_columns_and_row_groups(tmp_path):
+    """Its footer is gone through, and not kept."""
+    table = pyarrow.table({**{f"c{number}": [number] for number in range(30)}, "text": ["a text"]})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for _ in range(2000):
+            writer.write_table(table)
+    said, used = megabytes_used(tmp_path / "a.parquet")
+    assert not said and used < 120
+
+
+@pytest.mark.parametrize("key", ["text", "other"])
+def test_an_encrypted_column(tmp_path, key):
+    """Whichever column pyarrow is asked of, it ends the process where one is encrypted."""
+    factory = encryption.CryptoFactory(lambda _: Plain())
+    settings = encryption.EncryptionConfiguration(
+        footer_key="k", column_keys={"k": [key]}, plaintext_footer=True
+    )
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), settings)
+    table = pyarrow.table({"text": ["a text"] * 9, "other": ["another"] * 9})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, encryption_properties=properties)
+    if key == "other":
+        assert [document.text for document in read(path)[0]] == ["a text"] * 9
+    else:
+        with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet: .*decrypt"):
+            read(path)
+
+
+class Plain(encryption.KmsClient):
+    """Keeps keys as they are."""
+
+    def wrap_key(self, key_bytes, master_key_identifier):
+        return base64.b64encode(key_bytes)
+
+    def unwrap_key(self, wrapped_key, master_key_identifier):
+        return base64.b64decode(wrapped_key)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"data_page_version": "2.0"}, {"use_dictionary": False, "compression": "zstd"}]
+)
+def test_damaged_parquet(tmp_path, settings):
+    """Whatever bytes of a file are others: its texts, or an error that names it."""
+    texts = [f"{number} " * 9 for number in range(100)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), path, write_page_checksum=True, **settings
+    )
+    sound = path.read_bytes()
+    place = np.random.default_rng(0)
+    outcomes = collections.Counter()
+    for _ in range(1500):
+        damaged = bytearray(sound)
+        for at in place.integers(0, len(sound), place.integers(1, 4)):
+            damaged[at] = place.choice([0, 0x18, 0x7F, 0xFF, place.integers(256)])
+        path.write_bytes(damaged)
+        try:
+            found = [document.text for document in read(path)[0]]
+        except ValueError as error:
+            assert str(path) in str(error)
+            outcomes["refused"] += 1
+        else:
+            assert found == texts
+            outcomes["read"] += 1
+    assert min(outcomes["refused"], outcomes["read"]) > 20
+
+
+def test_one_large_text_in_every_row_of_parquet(tmp_path):
+    """40,000 times 100 MB, in a file of 100 MB: a page's value that rows share."""
+    book = pyarrow.array(["a book " * 14_000_000])
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 40_000), book)
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    said, used = megabytes_used(tmp_path / "a.parquet", documents=20)
+    assert not said and used < 1400
+
+
+def test_a_chunk_of_another_name_is_sized_too(tmp_path, monkeypatch):
+    """pyarrow goes by its place, whatever the chunk says of its name."""
+    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 1000)
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"{number} " * 9 for number in range(100)]})
+    pyarrow.parquet.write_table(table, path, store_schema=False)
+    content = path.read_bytes()
+    at = content.rindex(b"\x04text")
+    path.write_bytes(content[: at + 1] + b"n" + content[at + 2 :])
+    with pytest.raises(ValueError, match="has pages of 3,"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"data_page_version": "2.0"}, {"compression": "zstd"}, {"compression": "none"},
+        {"use_dictionary": False}, {"write_page_checksum": True}, {"write_statistics": False},
+        {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+        {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"},
+         "data_page_version": "2.0"},
+        {"write_page_index": True},
+    ],
+)  # fmt: skip
+def test_the_sizes_of_pages(tmp_path, settings):
+    """All that a column has, but for the headers, in which the least and the greatest value are."""
+    texts = [f"{number} " * (number % 97) for number in range(20_000)]
+    table = pyarrow.table({"other": range(len(texts)), "text": texts})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "a.parquet", data_page_size=10_000, row_group_size=9_000, **settings
+    )
+    metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
+    found = pages_of(tmp_path / "a.parquet")
+    assert metadata.num_row_groups == len(found) == 3
+    delta = "column_encoding" in settings
+    assert {page.beginnings_shared for page in found[0]} == {delta}
+    for number in range(3):
+        sizes = [page.unpacked for page in found[number]]
+        headers = metadata.row_group(number).column(1).total_uncompressed_size - sum(sizes)
+        assert len(sizes) > 1 and 10 * len(sizes) < headers < 1000 * len(sizes)
