@@ -1,6 +1,7 @@
 """Arrow files made to fill memory, to end the process, or to hide rows."""
 
 import tracemalloc
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -198,6 +199,34 @@ def test_damaged_arrow(tmp_path, packing, shared):
             read(path, subset_key="meta.set")
         except ValueError as error:
             assert str(path) in str(error)
+
+
+class Message(NamedTuple):
+    """As pyarrow gives them."""
+
+    type: str
+    metadata: pyarrow.Buffer
+    body: pyarrow.Buffer
+
+
+def test_what_a_buffer_of_arrow_says_of_its_size(tmp_path):
+    """-1: that it is not packed; and Arrow 0.17 told elsewhere that there are sizes."""
+    table = pyarrow.table({"text": ["a text " * 500]})
+    write_arrow(tmp_path / "a.arrow", table, "stream", compression="lz4")
+    write_arrow(tmp_path / "b.arrow", table, "stream")
+    with pyarrow.memory_map(str(tmp_path / "a.arrow")) as file:
+        _, packed = pyarrow.ipc.MessageReader.open_stream(file)
+        before, letters = packed.body.to_pybytes().rsplit((3500).to_bytes(8, "little"), 1)
+        offsets = most_unpacked([packed], table.schema, [0]) - 3500
+        body = pyarrow.py_buffer(before + b"\xff" * 8 + letters)
+        without = Message(packed.type, packed.metadata, body)
+        assert most_unpacked([without], table.schema, [0]) == offsets > 0
+    with pyarrow.memory_map(str(tmp_path / "b.arrow")) as file:
+        _, plain = pyarrow.ipc.MessageReader.open_stream(file)
+        assert most_unpacked([plain], table.schema, [0]) == 0
+        told = plain.metadata.to_pybytes() + b"ARROW:experimental_compression"
+        of_2020 = Message(plain.type, pyarrow.py_buffer(told), plain.body)
+        assert most_unpacked([of_2020], table.schema, [0]) > 0
 
 
 def test_the_largest_batch_of_arrow_counts(tmp_path):
