@@ -86,6 +86,7 @@ def _of_batches(
     number = 0
     for batch in batches:
         texts = _as_bytes(batch.column(keys.text))
+        _require_short_texts(texts, path, number)
         for text, record in zip(texts, _with_subset(batch, keys.subset), strict=True):
             where = f"{path}, row {number}"
             subset = subset_of(record, keys.subset, where)
@@ -115,6 +116,16 @@ def _with_subset(batch: Any, key: str) -> Iterator[dict[str, Any]]:
         for name in reversed((first, *names)):
             record = {name: record}
         yield record
+
+
+def _require_short_texts(texts: Any, path: str, first: int) -> None:
+    """By their places alone, where these tell lengths: pyarrow copies a text to give it."""
+    from pyarrow import compute, types
+
+    if types.is_binary(texts.type) or types.is_large_binary(texts.type):
+        lengths = compute.binary_length(texts)
+        longest = compute.max(lengths).as_py() or 0
+        require_short(longest, f"{path}, row {first + lengths.index(longest).as_py()}")
 
 
 def _content(text: Any, where: str) -> bytes | None:
