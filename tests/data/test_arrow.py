@@ -201,6 +201,15 @@ def test_damaged_arrow(tmp_path, packing, shared):
             assert str(path) in str(error)
 
 
+def test_a_large_batch_of_arrow_stays_in_the_file(tmp_path):
+    """800 MB of texts that are not packed: what is mapped counts, and no copy of it."""
+    texts = pyarrow.array(["a text! " * 12_500_000] * 8, pyarrow.large_string())
+    write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": texts, "other": range(8)}))
+    del texts
+    said, used = megabytes_used(tmp_path / "a.arrow")
+    assert not said and used < 800 + 400
+
+
 class Message(NamedTuple):
     """As pyarrow gives them."""
 

@@ -56,8 +56,12 @@ def read_arrow(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> I
         _require_bounded(path, opened.__name__, most_unpacked(messages, schema, wanted))
         if not is_file:
             require_end_of_stream(file)
+        # Others may be large, and packed. Where nothing is, a batch stays in the file; of some of
+        # its fields alone pyarrow makes a copy.
+        every = range(len(schema.names))
+        if is_file and not most_unpacked(messages_of_file(file), schema, every):
+            wanted = []  # all of them
         file.seek(0)
-        # Others may be large, and packed.
         reader = opened(file, options=ipc.IpcReadOptions(included_fields=wanted))
         batches = (
             map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
