@@ -53,7 +53,7 @@ def test_a_large_page_in_parquet(tmp_path, dictionary):
 @pytest.mark.parametrize("rows", [1000, 2000])
 def test_too_large_a_page_in_parquet(tmp_path, monkeypatch, rows):
     """What 1,000 rows have in common, and 1,000 more that go without, are unpacked at once."""
-    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 10_000_000)
+    monkeypatch.setattr(parquet_pages, "MOST_UNPACKED", 10_000_000)
     table = pyarrow.table({"text": [f"{number:4} " + "a book " * 850 for number in range(rows)]})
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(table, path, dictionary_pagesize_limit=1)
@@ -90,7 +90,7 @@ def test_small_texts_in_a_large_page_are_read_many_at_once(tmp_path):
 
 def test_only_the_subset_of_a_struct_is_read(tmp_path, monkeypatch):
     """What else is in it may be large."""
-    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 10_000)
+    monkeypatch.setattr(parquet_pages, "MOST_UNPACKED", 10_000)
     meta = [{"set": "wiki", "page": f"{number} " * 100} for number in range(300)]
     table = pyarrow.table({"text": ["a text"] * 300, "meta": meta})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -104,7 +104,7 @@ def test_a_name_with_a_point(tmp_path, monkeypatch):
     table = pyarrow.table({"a.b": [f"{number} " * 9 for number in range(100)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert len(read(tmp_path / "a.parquet", text_key="a.b")[0]) == 100
-    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 1000)
+    monkeypatch.setattr(parquet_pages, "MOST_UNPACKED", 1000)
     with pytest.raises(ValueError, match="has pages of 3,"):
         read(tmp_path / "a.parquet", text_key="a.b")
 
@@ -141,6 +141,7 @@ OF_DATA, OF_DICTIONARY = (0x2C, 0x15, 2 * 7, 0), (0x4C, 0x15, 2 * 7, 0)
         page(0, 2 * 9, 2 * 5, (0x2C, 0x15, 1, 0)),
         page(0, 2 * 9, 2 * 5, OF_DICTIONARY),
         page(0, 2 * 9, 2 * 5, (*OF_DATA, 0x05, 0x84, 0x80, 0x08, 2)),  # the second field once more
+        page(0, 2 * 9, 2 * 5, (*OF_DATA, 0x05, 0xFB, 0xFF, 0x07, 2)),  # likewise: -65534
         b"",
     ],
 )
@@ -169,7 +170,7 @@ def test_a_row_group_without_rows_does_not_lift_the_bound(tmp_path, monkeypatch)
     metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
     assert [metadata.row_group(number).num_rows for number in range(3)] == [100, 0, 100]
     assert len(read(tmp_path / "a.parquet")[0]) == 200
-    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 1000)
+    monkeypatch.setattr(parquet_pages, "MOST_UNPACKED", 1000)
     with pytest.raises(ValueError, match="row group 0 has pages of 3,"):
         read(tmp_path / "a.parquet")
 
@@ -299,7 +300,7 @@ def test_one_large_text_in_every_row_of_parquet(tmp_path):
 
 def test_a_chunk_of_another_name_is_sized_too(tmp_path, monkeypatch):
     """pyarrow goes by its place, whatever the chunk says of its name."""
-    monkeypatch.setattr(parquet_pages, "_MOST_UNPACKED", 1000)
+    monkeypatch.setattr(parquet_pages, "MOST_UNPACKED", 1000)
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": [f"{number} " * 9 for number in range(100)]})
     pyarrow.parquet.write_table(table, path, store_schema=False)

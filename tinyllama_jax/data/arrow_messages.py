@@ -63,9 +63,9 @@ def require_end_of_stream(file: Any) -> None:
 def most_unpacked(messages: Iterable[Any], schema: Any, wanted: Sequence[int]) -> int:
     """Bytes that are unpacked at once, at most, where `pyarrow.ipc.Message`s are read in order.
 
-    These are a batch's columns that are wanted, by number in the schema, and all dictionaries. What
-    is not packed stays in the file, and counts as 0, but for dictionaries that grow: each time,
-    they are made anew in memory.
+    These are a batch's columns that are wanted, by number in the schema ([]: all, as in pyarrow's
+    IpcReadOptions), and all dictionaries. What is not packed stays in the file, and counts as 0,
+    but for dictionaries that grow: each time, they are made anew in memory.
 
     Raises pyarrow.ArrowInvalid where a message has no content.
     """

@@ -58,8 +58,7 @@ def read_arrow(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> I
             require_end_of_stream(file)
         # Others may be large, and packed. Where nothing is, a batch stays in the file; of some of
         # its fields alone pyarrow makes a copy.
-        every = range(len(schema.names))
-        if is_file and not most_unpacked(messages_of_file(file), schema, every):
+        if is_file and not most_unpacked(messages_of_file(file), schema, []):
             wanted = []  # all of them
         file.seek(0)
         reader = opened(file, options=ipc.IpcReadOptions(included_fields=wanted))

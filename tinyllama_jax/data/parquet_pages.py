@@ -15,8 +15,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-# Bytes unpacked at once: of each column a dictionary and a page. Reading takes about twice as much.
-_MOST_UNPACKED = 1 << 30
+from tinyllama_jax.data.formats import MOST_UNPACKED
+
 _BATCH_BYTES, _LARGEST_BATCH = 16 << 20, 64 << 20
 _READ_AHEAD = 1 << 20
 _HEADER_BYTES = (1 << 12, 16 << 20)  # nearly all; the most that pyarrow takes
@@ -89,8 +89,9 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
     Args:
       columns: names, or paths into structs ("meta.set"): then of the struct that field alone.
 
-    Raises ValueError where more than 1 GiB of them would be unpacked at once, and in the end where
-    there are not as many as the file says.
+    Raises ValueError where more than 1 GiB of them would be unpacked at once (of each column a
+    dictionary and a page; reading takes about twice as much), and in the end where there are not
+    as many as the file says.
     """
     names = file.metadata.schema
     leaves = [f"{names.column(leaf).path}." for leaf in range(len(names))]
@@ -109,10 +110,10 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
                 # What rows share counts once in its page, and in a batch each time.
                 beginnings_shared = any(p.beginnings_shared for p in pages)
                 shared = max(shared, largest if beginnings_shared else dictionary)
-            if unpacked > _MOST_UNPACKED:
+            if unpacked > MOST_UNPACKED:
                 raise ValueError(
                     f"{path}: row group {group} has pages of {unpacked:,} bytes, which each worker "
-                    f"would unpack whole; more than {_MOST_UNPACKED:,} are not read. If the file "
+                    f"would unpack whole; more than {MOST_UNPACKED:,} are not read. If the file "
                     "is sound, write it anew with smaller ones: import pyarrow.parquet as p; "
                     f"p.write_table(p.read_table({path!r}), NEW, write_batch_size=1)"
                 )
@@ -222,7 +223,7 @@ class _Compact:
         while head := self.byte():
             step, kind = divmod(head, 16)
             number = number + step if step else self.signed()
-            if number >= 1 << 15:
+            if not 0 <= number < 1 << 15:
                 raise ValueError(f"no field has number {number}")  # readers may cut it to 16 bits
             yield number, kind
 
