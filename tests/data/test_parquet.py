@@ -70,7 +70,7 @@ def test_too_large_a_page_in_parquet(tmp_path, monkeypatch, rows):
 def pages_of(path):
     with open(path, "rb") as file:
         names = pyarrow.parquet.read_schema(path).names
-        groups = parquet_pages._chunks(file, [name == "text" for name in names])
+        groups = parquet_pages._chunks(file, [1 if name == "text" else None for name in names])
         return [list(parquet_pages._pages(file, chunk)) for (chunk,) in groups]
 
 
@@ -120,8 +120,12 @@ def test_a_page_of_another_kind_does_not_lift_the_bound(tmp_path, monkeypatch):
     start = pyarrow.parquet.read_metadata(path).row_group(0).column(0).dictionary_page_offset
     assert start == 4
     whole = io.BytesIO(index + sound[start:])
-    chunk = parquet_pages._Chunk(0, 100)
+    chunk = chunk_of(0, 100)
     assert list(parquet_pages._pages(whole, chunk))[1:] == pages
+
+
+def chunk_of(start, values, codec=0, has_levels=False):
+    return parquet_pages._Chunk(start, values, codec, has_levels)
 
 
 def page(*fields):
@@ -142,6 +146,12 @@ OF_DATA, OF_DICTIONARY = (0x2C, 0x15, 2 * 7, 0), (0x4C, 0x15, 2 * 7, 0)
         page(0, 2 * 9, 2 * 5, OF_DICTIONARY),
         page(0, 2 * 9, 2 * 5, (*OF_DATA, 0x05, 0x84, 0x80, 0x08, 2)),  # the second field once more
         page(0, 2 * 9, 2 * 5, (*OF_DATA, 0x05, 0xFB, 0xFF, 0x07, 2)),  # likewise: -65534
+        # Of other kinds than parquet has there: pyarrow passes over them.
+        b"\x16" + page(0, 2 * 9, 2 * 5, OF_DATA)[1:],
+        page(0, 2 * 9, 2 * 5, (0x25, 2 * 7)),
+        page(0, 2 * 9, 2 * 5, (0x2C, 0x16, 2 * 7, 0)),
+        # An index page, whose values do not count, to who reads 64 bits: 1 << 32.
+        page(0, 2 * 9, 2 * 5, OF_DATA)[:1] + b"\x80\x80\x80\x80\x20" + page(0, 18, 10, OF_DATA)[2:],
         b"",
     ],
 )
@@ -149,7 +159,7 @@ def test_headers_of_pages_that_make_no_sense(tmp_path, refused):
 
     sound = page(0, 2 * 9, 2 * 5, OF_DATA)
     passed_over = page(2, 2 * 9, 2 * 5, OF_DATA)
-    chunk = parquet_pages._Chunk(0, 14)
+    chunk = chunk_of(0, 14)
     path = tmp_path / "a.parquet"
     path.write_bytes(sound + passed_over + sound)
     with path.open("rb") as file:
@@ -159,7 +169,7 @@ def test_headers_of_pages_that_make_no_sense(tmp_path, refused):
     with path.open("rb") as file, pytest.raises(ValueError, match=f"near byte {len(sound)} it"):
         list(parquet_pages._pages(file, chunk))
     with path.open("rb") as file, pytest.raises(ValueError, match=f"near byte {1 << 63:,} it"):
-        list(parquet_pages._pages(file, parquet_pages._Chunk(1 << 63, 14)))
+        list(parquet_pages._pages(file, chunk_of(1 << 63, 14)))
 
 
 def test_a_row_group_without_rows_does_not_lift_the_bound(tmp_path, monkeypatch):
@@ -175,21 +185,36 @@ def test_a_row_group_without_rows_does_not_lift_the_bound(tmp_path, monkeypatch)
         read(tmp_path / "a.parquet")
 
 
-def group_of_one_chunk(*places):
+def group_of_one_chunk(*places, columns=0x19, values=0x16):
     """A row group as parquet writes it: 7 values of "text", with the places of its pages."""
-    about = bytes([0x39, 0x18, 4, *b"text", 0x26, 2 * 7, *places, 0])  # a list of texts, a number
-    return bytes([0x19, 0x1C, 0x3C, *about, 0, 0])  # a list of structs with one in the third field
+    # A list of texts and two numbers; a list of structs with one in the third field.
+    about = bytes([0x39, 0x18, 4, *b"text", 0x15, 2 * 6, values, 2 * 7, *places, 0])
+    return bytes([columns, 0x1C, 0x3C, *about, 0, 0])
 
 
 def test_a_chunk_whose_dictionary_is_nowhere():
     """Some writers say 0, or less, where there is none."""
     for place, start in ((2 * 5, 5), (0, 9), (1, 9)):  # 1: -1
         content = parquet_pages._Compact(group_of_one_chunk(0x46, 2 * 9, 0x26, place))
-        assert list(parquet_pages._chunks_of_group(content, [True])) == [(start, 7)]
+        assert list(parquet_pages._chunks_of_group(content, [1])) == [(start, 7, 6, True)]
         assert content.at == len(content.content)
-    content = parquet_pages._Compact(group_of_one_chunk(0x46, 2 * 9, 0x06, 2 * 9, 2 * 9))
-    with pytest.raises(ValueError, match="field 9 is there twice"):
-        list(parquet_pages._chunks_of_group(content, [True]))
+
+
+@pytest.mark.parametrize(
+    "places, kinds, refused",
+    [
+        ((0x46, 2 * 9, 0x06, 2 * 9, 2 * 9), {}, "field 9 is there twice"),
+        # Of other kinds than parquet has there: pyarrow passes over them.
+        ((0x46, 2 * 9, 0x25, 2 * 5), {}, "kind 5 where 6 belongs"),
+        ((0x46, 2 * 9), {"columns": 0x1A}, "kind 10 where a list belongs"),
+        ((0x46, 2 * 9), {"columns": 0x18}, "kind 8 where a list belongs"),
+        ((0x46, 2 * 9), {"values": 0x15}, "kind 5 where 6 belongs"),
+    ],
+)
+def test_a_chunk_of_which_others_would_read_something_else(places, kinds, refused):
+    content = parquet_pages._Compact(group_of_one_chunk(*places, **kinds))
+    with pytest.raises(ValueError, match=refused):
+        list(parquet_pages._chunks_of_group(content, [1]))
 
 
 def test_a_footer_that_hides_a_row_group(tmp_path, monkeypatch):
@@ -219,7 +244,7 @@ def test_a_senseless_footer(tmp_path, content):
     path = tmp_path / "a.parquet"
     path.write_bytes(content + len(content).to_bytes(4, "little") + b"PAR1")
     with path.open("rb") as file, pytest.raises(ValueError, match=r"a\.parquet cannot be read"):
-        list(parquet_pages._chunks(file, [True]))
+        list(parquet_pages._chunks(file, [1]))
 
 
 def test_a_file_of_many_columns_and_row_groups(tmp_path):
@@ -261,8 +286,12 @@ class Plain(encryption.KmsClient):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"data_page_version": "2.0"}, {"use_dictionary": False, "compression": "zstd"}]
-)
+    "settings",
+    [
+        {}, {"data_page_version": "2.0"}, {"use_dictionary": False, "compression": "zstd"},
+        {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+    ],
+)  # fmt: skip
 def test_damaged_parquet(tmp_path, settings):
     """Whatever bytes of a file are others: its texts, or an error that names it."""
     texts = [f"{number} " * 9 for number in range(100)]
@@ -335,6 +364,122 @@ def test_the_sizes_of_pages(tmp_path, settings):
     delta = "column_encoding" in settings
     assert {page.beginnings_shared for page in found[0]} == {delta}
     for number in range(3):
-        sizes = [page.unpacked for page in found[number]]
+        # Each text has two lengths of 4 bytes, which stand beside the page.
+        sizes = [page.unpacked - delta * 8 * page.values for page in found[number]]
         headers = metadata.row_group(number).column(1).total_uncompressed_size - sum(sizes)
         assert len(sizes) > 1 and 10 * len(sizes) < headers < 1000 * len(sizes)
+
+
+@pytest.mark.parametrize(
+    "encoding, lists", [("DELTA_LENGTH_BYTE_ARRAY", 1), ("DELTA_BYTE_ARRAY", 2)]
+)
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
+@pytest.mark.parametrize("kind", ["all there", "some missing", "in a struct", "none can miss"])
+def test_lengths_in_a_page(tmp_path, monkeypatch, encoding, lists, version, codec, kind):
+    """As many as there are texts, of as many kinds as the encoding has."""
+    texts = [f"{number // 7} " * (number % 97) for number in range(2500)]
+    if kind != "none can miss":
+        texts[0] = ""
+    if kind == "some missing":
+        texts[5::3] = [None] * len(texts[5::3])
+    column, key = pyarrow.array(texts), "text"
+    if kind == "in a struct":
+        rows = [None if number % 5 == 3 else {"text": text} for number, text in enumerate(texts)]
+        column, key = pyarrow.array(rows), "text.text"
+    field = pyarrow.field("text", column.type, nullable=kind != "none can miss")
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table([column], schema=pyarrow.schema([field])), path, use_dictionary=False,
+        column_encoding={key: encoding}, data_page_version=version, compression=codec,
+        data_page_size=5000, row_group_size=2000,
+    )  # fmt: skip
+    found = []
+    monkeypatch.setattr(
+        parquet_pages, "_lengths",
+        lambda *of, lengths=parquet_pages._lengths: found.append(lengths(*of)) or found[-1],
+    )  # fmt: skip
+    with parquet_pages.open_parquet(str(path)) as file:
+        batches = list(parquet_pages.bounded_batches(str(path), file, ["text"], 16))
+    column = pyarrow.Table.from_batches(batches).column("text")
+    texts = column.combine_chunks().flatten()[0] if kind == "in a struct" else column
+    assert len(found) > 2 and sum(found) == lists * (len(texts) - texts.null_count) > 1600
+
+
+def number_of(value):
+    """As parquet writes it where it is not negative: 7 bits a byte, the last below 128."""
+    low, high = value % 128, value // 128
+    return bytes([low | 128]) + number_of(high) if high else bytes([low])
+
+
+def list_of_zeros(length, in_block, blocks):
+    """Of differences: blocks with one part, whose numbers have no bits."""
+    return b"".join(map(number_of, (in_block, 1, length, 0))) + bytes([0, 0]) * blocks
+
+
+LENGTHS = 1 << 29
+ZEROS = list_of_zeros(LENGTHS, 1 << 20, LENGTHS >> 20)
+
+
+@pytest.mark.parametrize(
+    "encoding, content",
+    [
+        ("DELTA_LENGTH_BYTE_ARRAY", ZEROS),
+        ("DELTA_BYTE_ARRAY", ZEROS),
+        ("DELTA_BYTE_ARRAY", list_of_zeros(16, 128, 1) + ZEROS),
+        ("DELTA_BYTE_ARRAY", list_of_zeros(LENGTHS // 2, 1 << 20, LENGTHS >> 21) * 2),
+    ],
+)
+def test_lengths_without_end_in_a_page(tmp_path, encoding, content):
+    """Of 2 GiB in a page of 3 kB."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [f"{number:x} text " * 100 for number in range(16)]}), path,
+        use_dictionary=False,
+        compression="none", column_encoding={"text": encoding}, write_statistics=False,
+    )  # fmt: skip
+    written = path.read_bytes()
+    start = written.index(b"\x80\x01\x04\x10")  # a list of 16, in blocks of 128 in 4 parts
+    assert start < 100 and len(content) < 3000
+    path.write_bytes(written[:start] + content + written[start + len(content) :])
+    said, used = megabytes_used(path)
+    assert "has pages of 2,147," in said and used < 100
+
+
+def test_a_page_that_its_codec_makes_no_smaller():
+    """Some writers leave it plain, which only the second version can tell."""
+    plain = list_of_zeros(5, 128, 1)
+    packed = pyarrow.Codec("zstd").compress(list_of_zeros(9, 128, 1), asbytes=True)
+    levels = b"12"
+    about = {parquet_pages._LEVELS: 2, parquet_pages._LEVELS_OF_LISTS: 0}
+    for content, is_packed, found in ((plain, False, [5]), (packed, True, [9])):
+        header = {
+            parquet_pages._KIND: parquet_pages._DATA_V2,
+            parquet_pages._UNPACKED: 2 + len(list_of_zeros(9, 128, 1)),
+            parquet_pages._OF_DATA_V2: {**about, parquet_pages._IS_PACKED: is_packed},
+        }
+        readings = parquet_pages._readings(levels + content, header, chunk_of(0, 14, 6, True))
+        assert [parquet_pages._lengths(reading, 1) for reading in readings] == found
+    header[parquet_pages._OF_DATA_V2][parquet_pages._IS_PACKED] = False
+    # Files of long ago say so of packed pages too.
+    assert len(list(parquet_pages._readings(levels + packed, header, chunk_of(0, 14, 6)))) == 2
+
+
+@pytest.mark.parametrize(
+    "head", [(0, 4, 9), (128, 0, 9), (128, 8, 9), (128, 256, 9), (1 << 32, 1, 9), (128, 4, 1 << 32),
+             (1 << 27, 1, 9)],
+)  # fmt: skip
+def test_senseless_lists_of_lengths(head):
+    content = b"".join(map(number_of, (*head, 0)))
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        parquet_pages._lengths(content + bytes(90), 2)
+
+
+def test_lists_are_no_texts(tmp_path):
+    """A row of one may have any number of them, in a few bytes."""
+    table = pyarrow.table({"text": ["a text"] * 3, "meta": [{"set": ["wiki"] * 2}] * 3})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert len(read(tmp_path / "a.parquet")[0]) == 3
+    for key in ("meta", "meta.set"):
+        with pytest.raises(ValueError, match=r"column meta\.set\.list\.element has lists"):
+            read(tmp_path / "a.parquet", subset_key=key)
