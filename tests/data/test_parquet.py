@@ -67,6 +67,22 @@ def test_too_large_a_page_in_parquet(tmp_path, monkeypatch, rows):
     assert [d.text for d in read(path)[0]] == table["text"].to_pylist()
 
 
+def test_many_short_texts_in_a_dictionary(tmp_path, monkeypatch):
+    """pyarrow has more bytes for their places than they have themselves."""
+    texts = [f"{number:05x}" for number in range(1 << 20)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), path, dictionary_pagesize_limit=1 << 30
+    )
+    (dictionary, *_) = pages_of(path)[0]
+    assert dictionary[:3] == (True, (4 + 5 + 20) << 20, 1 << 20)
+    said, used = megabytes_used(path, documents=1)
+    assert not said and 25 < used < 90  # 29 MiB, and what pyarrow has of its own
+    monkeypatch.setattr(parquet_pages, "MOST_UNPACKED", 20 << 20)
+    with pytest.raises(ValueError, match="row group 0 has pages of 3"):
+        read(path)
+
+
 def pages_of(path):
     with open(path, "rb") as file:
         names = pyarrow.parquet.read_schema(path).names
@@ -105,7 +121,7 @@ def test_a_name_with_a_point(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert len(read(tmp_path / "a.parquet", text_key="a.b")[0]) == 100
     monkeypatch.setattr(parquet_pages, "MOST_UNPACKED", 1000)
-    with pytest.raises(ValueError, match="has pages of 3,"):
+    with pytest.raises(ValueError, match="has pages of 5,"):
         read(tmp_path / "a.parquet", text_key="a.b")
 
 
@@ -161,10 +177,13 @@ def test_headers_of_pages_that_make_no_sense(tmp_path, refused):
     passed_over = page(2, 2 * 9, 2 * 5, OF_DATA)
     chunk = chunk_of(0, 14)
     path = tmp_path / "a.parquet"
-    path.write_bytes(sound + passed_over + sound)
+    dictionary = page(2 * 2, 2 * 9, 2 * 5, OF_DICTIONARY)
+    path.write_bytes(sound + passed_over + dictionary + sound)
     with path.open("rb") as file:
         found = [tuple(page) for page in parquet_pages._pages(file, chunk)]
-    assert found == [(False, 9, 7, False), (False, 9, 1, False), (False, 9, 7, False)]
+    # Each text of a dictionary takes 20 bytes beside its page.
+    dictionary = (True, 9 + 7 * 20, 7, False)
+    assert found == [(False, 9, 7, False), (False, 9, 1, False), dictionary, (False, 9, 7, False)]
     path.write_bytes(sound + refused)
     with path.open("rb") as file, pytest.raises(ValueError, match=f"near byte {len(sound)} it"):
         list(parquet_pages._pages(file, chunk))
@@ -181,7 +200,7 @@ def test_a_row_group_without_rows_does_not_lift_the_bound(tmp_path, monkeypatch)
     assert [metadata.row_group(number).num_rows for number in range(3)] == [100, 0, 100]
     assert len(read(tmp_path / "a.parquet")[0]) == 200
     monkeypatch.setattr(parquet_pages, "MOST_UNPACKED", 1000)
-    with pytest.raises(ValueError, match="row group 0 has pages of 3,"):
+    with pytest.raises(ValueError, match="row group 0 has pages of 5,"):
         read(tmp_path / "a.parquet")
 
 
@@ -336,7 +355,7 @@ def test_a_chunk_of_another_name_is_sized_too(tmp_path, monkeypatch):
     content = path.read_bytes()
     at = content.rindex(b"\x04text")
     path.write_bytes(content[: at + 1] + b"n" + content[at + 2 :])
-    with pytest.raises(ValueError, match="has pages of 3,"):
+    with pytest.raises(ValueError, match="has pages of 5,"):
         read(path)
 
 
@@ -364,8 +383,11 @@ def test_the_sizes_of_pages(tmp_path, settings):
     delta = "column_encoding" in settings
     assert {page.beginnings_shared for page in found[0]} == {delta}
     for number in range(3):
-        # Each text has two lengths of 4 bytes, which stand beside the page.
-        sizes = [page.unpacked - delta * 8 * page.values for page in found[number]]
+        # Each text has two lengths of 4 bytes, and one of a dictionary 20 bytes, beside the page.
+        sizes = [
+            page.unpacked - page.values * (20 if page.is_dictionary else 8 * delta)
+            for page in found[number]
+        ]
         headers = metadata.row_group(number).column(1).total_uncompressed_size - sum(sizes)
         assert len(sizes) > 1 and 10 * len(sizes) < headers < 1000 * len(sizes)
 

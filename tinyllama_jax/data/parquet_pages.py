@@ -5,8 +5,8 @@ end), and a page, which is unpacked whole. Writers end one after so many rows (p
 122,880), so one of books can have 2 GiB. How large it will be is told only by its header, a struct
 in Thrift's compact protocol (https://parquet.apache.org/docs/file-format/). Where the headers are
 is read here too: pyarrow, asked for it, ends the process where the file is damaged or encrypted.
-Lengths of texts that are written as differences are unpacked beside their page, all at once, and a
-few bytes can stand for any number of them: how many there are is told only within the page.
+Beside it stand the places of a dictionary's texts, and lengths that are written as differences, of
+which a few bytes can stand for any number: how many there are is told only within the page.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ _HEADERS = {_DATA: _OF_DATA, _DICTIONARY: _OF_DICTIONARY, _DATA_V2: _OF_DATA_V2}
 _ENCODINGS = {_DATA: _ENCODING, _DATA_V2: _ENCODING_V2}
 _RLE, _DELTA_LENGTHS, _DELTA_TEXTS = 3, 6, 7
 _LISTS_OF_LENGTHS = {_DELTA_LENGTHS: 1, _DELTA_TEXTS: 2}
+# Bytes that pyarrow has beside a page: for a length, and for a text of a dictionary (where it is in
+# the page, how long, and where in a copy).
+_OF_LENGTH, _OF_TEXT = 4, 20
 _NOT_PACKED = 0
 _CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
@@ -82,7 +85,7 @@ class _Chunk(NamedTuple):
 
 class _Page(NamedTuple):
     is_dictionary: bool
-    unpacked: int  # bytes, lengths included
+    unpacked: int  # bytes, with what stands beside it
     values: int
     beginnings_shared: bool  # by its texts
 
@@ -211,12 +214,13 @@ def _pages(file: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
                 if min(header[_PACKED], header[_UNPACKED], about[_VALUES]) < 0:
                     raise ValueError("less than nothing")
                 unpacked = max(header[_PACKED], header[_UNPACKED])
+                unpacked += _OF_TEXT * about[_VALUES] if kind == _DICTIONARY else 0
                 encoding = None if kind == _DICTIONARY else about.get(_ENCODINGS.get(kind))
                 if encoding in _LISTS_OF_LENGTHS and unpacked <= MOST_UNPACKED:
                     file.seek(place + content.at)
                     readings = _readings(file.read(header[_PACKED]), header, chunk)
                     lists = _LISTS_OF_LENGTHS[encoding]
-                    unpacked += 4 * max(_lengths(values, lists) for values in readings)
+                    unpacked += _OF_LENGTH * max(_lengths(values, lists) for values in readings)
                 delta = encoding == _DELTA_TEXTS
                 page = _Page(kind == _DICTIONARY, unpacked, max(1, about[_VALUES]), delta)
                 after = place + content.at + header[_PACKED]
@@ -276,7 +280,7 @@ def _lengths(values: memoryview, lists: int) -> int:
         if max(in_block, parts, length, 32 * in_part) >> 32 or not in_part or in_part % 32:
             raise ValueError(f"no list of {length} has blocks of {in_block} in {parts} parts")
         count += length
-        if left == 1 or 4 * count > MOST_UNPACKED:
+        if left == 1 or _OF_LENGTH * count > MOST_UNPACKED:
             break
         length -= 1  # the first stands alone
         while length > 0:
