@@ -9,8 +9,8 @@ import pyarrow.ipc
 import pytest
 
 from tests.data.reading import megabytes_used, read, write_arrow
-from tinyllama_jax.data import columnar
-from tinyllama_jax.data.arrow_messages import most_unpacked
+from tinyllama_jax.data import columnar, formats
+from tinyllama_jax.data.arrow_messages import messages_of_file, most_unpacked
 
 
 @pytest.mark.parametrize("kind", ["stream", "file"])
@@ -247,3 +247,117 @@ def test_the_largest_batch_of_arrow_counts(tmp_path):
     with pyarrow.memory_map(str(tmp_path / "a.arrow")) as file:
         unpacked = most_unpacked(pyarrow.ipc.MessageReader.open_stream(file), schema, [0])
     assert 35_000 <= unpacked <= 35_100
+
+
+def test_a_large_dictionary_that_a_small_one_replaces(tmp_path):
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    schema = pyarrow.schema({"text": pyarrow.dictionary(pyarrow.int32(), pyarrow.string())})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", schema, options=options) as writer:
+        for text in ("a text " * 5000, "a text"):
+            texts = pyarrow.array([text], schema[0].type)
+            writer.write(pyarrow.record_batch([texts], schema=schema))
+    with pyarrow.memory_map(str(tmp_path / "a.arrow")) as file:
+        unpacked = most_unpacked(pyarrow.ipc.MessageReader.open_stream(file), schema, [0])
+    assert 35_000 <= unpacked <= 35_100
+    assert len(read(tmp_path / "a.arrow")[0]) == 2
+
+
+def test_unions_of_long_ago(tmp_path):
+    """They had a buffer more than today's."""
+    union = pyarrow.UnionArray.from_sparse(pyarrow.array([0], pyarrow.int8()), [pyarrow.array([1])])
+    table = pyarrow.table({**{f"{n}": union for n in range(6)}, "text": ["a text " * 5000]})
+    options = pyarrow.ipc.IpcWriteOptions(
+        compression="zstd", metadata_version=pyarrow.ipc.MetadataVersion.V4
+    )
+    path = tmp_path / "a.arrow"
+    with pyarrow.ipc.new_stream(path, table.schema, options=options) as writer:
+        told = {"ARROW:experimental_compression": "zstd"}
+        writer.write_batch(*table.to_batches(), custom_metadata=told)
+    with pyarrow.memory_map(str(path)) as file:
+        unpacked = most_unpacked(pyarrow.ipc.MessageReader.open_stream(file), table.schema, [6])
+    assert 35_000 <= unpacked <= 35_500
+    assert [document.text for document in read(path)[0]] == ["a text " * 5000]
+
+
+def test_a_footer_that_tells_of_a_batch_twice(tmp_path):
+    """And of another not at all."""
+    path = tmp_path / "a.arrow"
+    texts = [f"{number:04}" + "x" * 8 * (number // 10) for number in range(100)]
+    write_arrow(path, pyarrow.table({"text": texts}), "file", max_chunksize=10)
+    sound = path.read_bytes()
+    with pyarrow.memory_map(str(path)) as file:
+        places = [sound.rindex(m.metadata.to_pybytes()) - 8 for m in messages_of_file(file)]
+    told = [place.to_bytes(8, "little") for place in places]
+    assert len(set(told)) == 10 and sound.count(told[5]) == 1
+    path.write_bytes(sound.replace(told[5], told[3]))
+    with pytest.raises(ValueError, match=r"a\.arrow cannot .* does not tell of all that is in it"):
+        read(path)
+
+
+@pytest.mark.parametrize("values", [["a text", None], [None, None]])
+def test_a_dictionary_with_nothing_in_it(tmp_path, values):
+    """A row without a text, as where the row itself tells of none."""
+    kind = None if any(values) else pyarrow.null()
+    texts = pyarrow.DictionaryArray.from_arrays([0, 1, None], pyarrow.array(values, kind))
+    write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": texts}))
+    found, tally = read(tmp_path / "a.arrow")
+    assert [document.text for document in found] == [text for text in values if text]
+    assert len(found) + tally.skipped["empty documents"] == 3
+
+
+def test_rows_without_end(tmp_path):
+    """A column without values has as many rows as one says, and takes no bytes."""
+    path = tmp_path / "a.arrow"
+    write_arrow(path, pyarrow.table({"text": pyarrow.nulls(100)}))
+    assert read(path)[1].skipped["empty documents"] == 100
+    nothing = pyarrow.null()
+    for meta in (
+        pyarrow.Array.from_buffers(nothing, 10**15, [None]),
+        pyarrow.array([{"set": None}] * 3),
+    ):
+        texts = pyarrow.Array.from_buffers(nothing, len(meta), [None])
+        batch = pyarrow.record_batch({"text": texts, "meta": meta})
+        options = pyarrow.ipc.IpcWriteOptions(allow_64bit=True)
+        with pyarrow.ipc.new_stream(path, batch.schema, options=options) as writer:
+            writer.write(batch)
+        match = "rows without a text" if len(meta) > 3 else r'no text under subset_key "meta"'
+        with pytest.raises(ValueError, match=match):
+            read(path, subset_key="meta")
+
+
+def test_a_dictionary_that_lacks_what_a_row_has(tmp_path):
+    """pyarrow would read behind its end."""
+    texts = pyarrow.DictionaryArray.from_arrays([0, 9], pyarrow.array(["a text"]), safe=False)
+    write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": texts}))
+    with pytest.raises(ValueError, match=r"a\.arrow cannot be read as Arrow"):
+        read(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("kind", ["binary", "dictionary"])
+def test_which_text_of_arrow_is_too_long(tmp_path, monkeypatch, kind):
+    """In a later batch; an empty one before it has no longest text."""
+    for module in (columnar, formats):
+        monkeypatch.setattr(module, "LONGEST_TEXT", 1 << 20)
+    schema = pyarrow.schema({"text": pyarrow.string()})
+    texts = ["a text"] * 9 + ["a text" * 200_000]
+    if kind == "dictionary":
+        schema = pyarrow.schema({"text": pyarrow.dictionary(pyarrow.int32(), pyarrow.string())})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", schema) as writer:
+        for part in (texts[:5], [], texts[5:]):
+            column = pyarrow.array(part, schema[0].type)
+            writer.write(pyarrow.record_batch([column], schema=schema))
+    with pytest.raises(ValueError, match=r"a\.arrow, row 9: a text of 1 MiB"):
+        read(tmp_path / "a.arrow")
+
+
+def test_arrow_before_it_had_marks(tmp_path):
+    """Streams could end with the file."""
+    table = pyarrow.table({"text": ["a text"] * 9})
+    path = tmp_path / "a.arrow"
+    options = pyarrow.ipc.IpcWriteOptions(use_legacy_format=True)
+    with pyarrow.ipc.new_stream(path, table.schema, options=options) as writer:
+        writer.write_table(table)
+    sound = path.read_bytes()
+    assert sound[:4] != b"\xff" * 4 and sound.endswith(bytes(4))
+    path.write_bytes(sound[:-4])
+    assert len(read(path)[0]) == 9

@@ -16,7 +16,7 @@ from tinyllama_jax.data import formats
 def short(monkeypatch):
     """Pieces and lines of a few kB in place of many MB."""
     monkeypatch.setattr(formats, "PIECE_BYTES", 5_000)
-    monkeypatch.setattr(formats, "_LONGEST_LINE", 5_000)
+    monkeypatch.setattr(formats, "LONGEST_TEXT", 5_000)
     monkeypatch.setattr(formats, "_CHUNK_BYTES", 1_000)
 
 
@@ -122,3 +122,30 @@ def test_a_flood_of_line_ends(tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join([*packed, packer.flush()]))
     said, used = megabytes_used(tmp_path / "a.jsonl.zst")
     assert not said and used < 120
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", "1", '""', '"\\\\\\""'])
+def test_a_line_of_many_values(tmp_path, monkeypatch, value):
+    """Of 2 or 3 bytes each, for which Python has 8 to 64."""
+    path = tmp_path / "a.jsonl"
+    values = ",".join([value] * 1000)
+    text = json.dumps('[1, 2], {"a": 3}, \\ ' * 1000)
+    path.write_text(f'{{"text": {text}, "other": [{values}]}}\n')
+    assert len(read(path)[0]) == 1
+    monkeypatch.setattr(formats, "_ANY_LINE", 1000)
+    assert len(read(path)[0]) == 1
+    monkeypatch.setattr(formats, "_VALUES_OF_LINE", 990)
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: this line has [12],0\d\d values"):
+        read(path)
+    path.write_text(f'{{"text": {text}}}\n')
+    assert len(read(path)[0]) == 1
+
+
+def test_a_line_of_lists_in_next_to_nothing(tmp_path):
+    """99 MB in 9 kB, of which Python would make 2.5 GB."""
+    line = b'{"text": "a text", "other": [' + b"[]," * 33_000_000 + b"0]}\n"
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(line))
+    del line
+    assert (tmp_path / "a.jsonl.zst").stat().st_size < 20_000
+    said, used = megabytes_used(tmp_path / "a.jsonl.zst")
+    assert "has 66,000," in said and used < 500

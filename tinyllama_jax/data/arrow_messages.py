@@ -7,13 +7,15 @@ messages, but not what their metadata says of packing: those are tables in the F
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 # Numbers of fields.
 _DICTIONARIES, _BATCHES = 2, 3  # of a file's footer
-_HEADER = 2  # of a message
+_VERSION, _HEADER = 0, 2  # of a message
+_V5 = 4
 _ID, _DATA, _IS_DELTA = 0, 1, 2  # of a dictionary
 _BUFFERS, _COMPRESSION, _VIEWED = 2, 3, 4  # of a batch
 _COMPRESSION_OF_2020 = b"ARROW:experimental_compression"  # where Arrow 0.17 told of it
@@ -33,9 +35,10 @@ def messages_of_file(file: Any) -> Iterator[Any]:
     file.seek(end - length)
     footer = _Table.first_of(file.read(length))
     blocks = [b for kind in (_DICTIONARIES, _BATCHES) for b in footer.structs(kind, "<qi4xq")]
-    # Behind the last are an end mark and padding, of less than any batch has.
-    if blocks and end - length - max(sum(block) for block in blocks) > 80:
-        raise pyarrow.ArrowInvalid("its footer does not tell of all that is in it")
+    for block, (start, *_) in itertools.pairwise(sorted([*blocks, (end - length, 0, 0)])):
+        # Between them is padding, and behind the last an end mark too: less than any batch has.
+        if not 0 <= start - sum(block) <= 80:
+            raise pyarrow.ArrowInvalid("its footer does not tell of all that is in it")
     for start, _, _ in blocks:
         file.seek(start)
         yield pyarrow.ipc.read_message(file)
@@ -69,18 +72,22 @@ def most_unpacked(messages: Iterable[Any], schema: Any, wanted: Sequence[int]) -
 
     Raises pyarrow.ArrowInvalid where a message has no content.
     """
-    largest, dictionaries = 0, dict[int, int]()
+    largest, most_held, dictionaries = 0, 0, dict[int, int]()
     layouts = [(_layout(schema, field), _layout(schema, field + 1)) for field in wanted]
     for message in messages:
-        header = _Table.first_of(message.metadata.to_pybytes()).table(_HEADER)
+        content = _Table.first_of(message.metadata.to_pybytes())
+        header = content.table(_HEADER)
         if message.type == "record batch":
-            largest = max(largest, _unpacked(message, header, layouts))
+            # Before, some columns had more buffers: there, all count.
+            known = layouts if content.value("<h", _VERSION) >= _V5 else ()
+            largest = max(largest, _unpacked(message, header, known))
         elif message.type == "dictionary":
             size, number = _unpacked(message, header.table(_DATA)), header.value("<q", _ID)
             if header.value("<?", _IS_DELTA):
                 size = dictionaries.get(number, 0) + max(size, message.body.size)
             dictionaries[number] = size
-    return largest + sum(dictionaries.values())
+            most_held = max(most_held, sum(dictionaries.values()))
+    return largest + most_held
 
 
 def _layout(schema: Any, fields: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tinyllama_jax.data.arrow_messages import messages_of_file, most_unpacked, require_end_of_stream
 from tinyllama_jax.data.formats import (
+    LONGEST_TEXT,
     MOST_UNPACKED,
     ROWS_PER_BATCH,
     Advance,
@@ -85,10 +86,17 @@ def _of_batches(
     path: str, batches: Iterator[Any], rows: int, keys: Keys, repaired: Repaired, advance: Advance
 ) -> Iterator[Record]:
     """The rows of a file of so many, whose batches hold the columns of `keys` alone."""
+    from pyarrow import types
+
     size = pathlib.Path(path).stat().st_size
     number = 0
     for batch in batches:
         texts = _as_bytes(batch.column(keys.text))
+        if types.is_null(texts.type) and len(batch) > size:
+            raise ValueError(
+                f"{path} says that it has {len(batch):,} rows without a text, in {size:,} bytes: "
+                "it is damaged, or made to be read for ever; leave it out"
+            )
         _require_short_texts(texts, path, number)
         for text, record in zip(texts, _with_subset(batch, keys.subset), strict=True):
             where = f"{path}, row {number}"
@@ -112,7 +120,7 @@ def _with_subset(batch: Any, key: str) -> Iterator[dict[str, Any]]:
         if not types.is_struct(column.type) or column.type.get_field_index(name) < 0:
             break
         column = compute.struct_field(column, name)
-    found: Any = [column.type] * len(batch)  # to tell of it, if it is no text
+    found: Any = itertools.repeat(column.type, len(batch))  # to tell of it, if it is no text
     if _holds_text(column.type):
         found = (value.as_py() for value in _as_bytes(column))
     for record in found:
@@ -125,7 +133,8 @@ def _require_short_texts(texts: Any, path: str, first: int) -> None:
     """By their places alone, where these tell lengths: pyarrow copies a text to give it."""
     from pyarrow import compute, types
 
-    if types.is_binary(texts.type) or types.is_large_binary(texts.type):
+    is_told = types.is_binary(texts.type) or types.is_large_binary(texts.type)
+    if is_told and texts.nbytes > LONGEST_TEXT:
         lengths = compute.binary_length(texts)
         longest = compute.max(lengths).as_py() or 0
         require_short(longest, f"{path}, row {first + lengths.index(longest).as_py()}")
@@ -134,9 +143,11 @@ def _require_short_texts(texts: Any, path: str, first: int) -> None:
 def _content(text: Any, where: str) -> bytes | None:
     import pyarrow
 
+    if isinstance(text, pyarrow.DictionaryScalar) and text.is_valid:
+        text = text.value
     if not text.is_valid:
         return None
-    content = (text.value if isinstance(text, pyarrow.DictionaryScalar) else text).as_buffer()
+    content = text.as_buffer()
     require_short(content.size, where)  # before there is a copy
     return content.to_pybytes()
 
@@ -166,9 +177,9 @@ def _columns(keys: Keys) -> list[str]:
 
 
 def _require_columns(path: str, schema: Any, keys: Keys) -> None:
-    for name in _columns(keys):
+    for setting, name in zip(("text_key", "subset_key"), _columns(keys), strict=False):
         if name not in schema.names:
-            raise no_such_key(path, name, schema.names)
+            raise no_such_key(path, name, schema.names, setting)
         if schema.names.count(name) > 1:
             raise ValueError(f"{path} has several columns {name!r}: give each a name of its own")
     kind = schema.field(keys.text).type

@@ -40,7 +40,9 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 PIECE_BYTES = 64 << 20
-_LONGEST_LINE = 256 << 20  # SlimPajama's longest document is far below
+LONGEST_TEXT = 256 << 20  # bytes; SlimPajama's longest document is far below
+# Of a line of JSON, numbers and empty lists take up to 30 times their bytes.
+_ANY_LINE, _VALUES_OF_LINE = 32 << 20, 16_000_000
 _IN_PIECES = "documents given in pieces of 64 MiB"
 _INVALID_UTF8 = "documents with bytes that are not UTF-8"
 
@@ -71,18 +73,23 @@ def read_text(path: str, separator: str, repaired: Repaired, advance: Advance) -
 
 def read_jsonl(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
     """Each line that is not blank."""
-    lines = _split(_chunks(path, advance), b"\n", _LONGEST_LINE)
+    lines = _split(_chunks(path, advance), b"\n", LONGEST_TEXT)
     for number, (line, ends) in enumerate(lines):
         where = f"{path}:{number + 1}"
         if not ends:
             raise ValueError(
-                f"{where}: this line has more than {_LONGEST_LINE >> 20} MiB, which no document "
+                f"{where}: this line has more than {LONGEST_TEXT >> 20} MiB, which no document "
                 f"has: {line[:60]!r}; the file is damaged, or made to fill memory: leave it out"
             )
         if number == 0:
             line = line.removeprefix(_UTF8_MARK)
         if not line.strip():
             continue
+        if len(line) > _ANY_LINE and (values := _values_of(line)) > _VALUES_OF_LINE:
+            raise ValueError(
+                f"{where}: this line has {values:,} values, for which memory may not suffice: "
+                f"{line[:60]!r}; leave out all but {keys.text!r}, or the file if it is hostile"
+            )
         try:
             record = json.loads(_decode(line, repaired))
         except (ValueError, RecursionError) as error:
@@ -96,6 +103,15 @@ def read_jsonl(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> I
             raise no_such_key(where, keys.text, list(record))
         text = as_text(record[keys.text], where, keys.text, repaired)
         yield Record(number, text, subset_of(record, keys.subset, where))
+
+
+def _values_of(line: bytes) -> int:
+    """About how many a line of JSON has, texts and what is in lists included."""
+    plain = line.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if (marks := plain.count(b'"')) > _VALUES_OF_LINE:
+        return marks
+    outside = b"".join(plain.split(b'"')[::2])
+    return marks // 2 + sum(map(outside.count, (b",", b"[", b"{")))
 
 
 def subset_of(record: dict[str, Any], key: str, where: str) -> str:
@@ -181,7 +197,7 @@ def as_text(value: Any, where: str, text_key: str, repaired: Repaired) -> str:
 
 
 def require_short(size: int, where: str) -> None:
-    if size > _LONGEST_LINE:
+    if size > LONGEST_TEXT:
         raise ValueError(
             f"{where}: a text of {size >> 20} MiB, which no document has; leave it out"
         )
@@ -202,10 +218,11 @@ def _decode(content: bytes, repaired: Repaired) -> str:
         return content.decode(errors="replace")
 
 
-def no_such_key(where: str, text_key: str, keys: list[str]) -> ValueError:
+def no_such_key(where: str, key: str, keys: list[str], setting: str = "text_key") -> ValueError:
+    holds = {"text_key": "holds the document", "subset_key": "tells the subset"}
     return ValueError(
-        f'{where} has no "{text_key}"; it has {", ".join(map(repr, keys)) or "no keys at all"}; '
-        f"set text_key of the source to the one that holds the document"
+        f'{where} has no "{key}"; it has {", ".join(map(repr, keys)) or "no keys at all"}; '
+        f"set {setting} of the source to the one that {holds[setting]}"
     )
 
 

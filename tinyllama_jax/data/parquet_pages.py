@@ -18,14 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from tinyllama_jax.data.formats import MOST_UNPACKED
+from tinyllama_jax.data.thrift_compact import I32, I64, SENSELESS, TRUE, Compact, Fields
 
 _BATCH_BYTES, _LARGEST_BATCH = 16 << 20, 64 << 20
 _READ_AHEAD = 1 << 20
 _HEADER_BYTES = (1 << 12, 16 << 20)  # nearly all; the most that pyarrow takes
-
-# Kinds of values in the compact protocol.
-_TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET = range(1, 11)
-_STRUCT = 12
+# Of a chunk of a column, of which a footer tells in 3 bytes or more, pyarrow has about 700.
+_ANY_FOOTER, _LARGEST_FOOTER, _MOST_CHUNKS, _LONGEST_LIST = 4 << 20, 32 << 20, 1_000_000, 100_000
 
 # Numbers of fields in parquet.thrift: of the file's metadata and a row group; of a chunk of a
 # column, and its metadata; of a page's header, and what that has for each kind of page.
@@ -49,31 +48,19 @@ _NOT_PACKED = 0
 _CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
 # Which of them are read, and of what kind each is.
-_Fields = Mapping[int, "_Fields | int"]
-_OF_CHUNK: _Fields = {
-    _META_DATA: {_CODEC: _I32, **dict.fromkeys((_NUM_VALUES, _DATA_PAGE, _DICTIONARY_PAGE), _I64)},
+_OF_CHUNK: Fields = {
+    _META_DATA: {_CODEC: I32, **dict.fromkeys((_NUM_VALUES, _DATA_PAGE, _DICTIONARY_PAGE), I64)},
     _ENCRYPTED: {},
 }
-_OF_PAGE: _Fields = {
-    **dict.fromkeys((_KIND, _UNPACKED, _PACKED), _I32),
-    _OF_DATA: dict.fromkeys((_VALUES, _ENCODING, _ENCODING_OF_LEVELS), _I32),
-    _OF_DICTIONARY: {_VALUES: _I32},
+_OF_PAGE: Fields = {
+    **dict.fromkeys((_KIND, _UNPACKED, _PACKED), I32),
+    _OF_DATA: dict.fromkeys((_VALUES, _ENCODING, _ENCODING_OF_LEVELS), I32),
+    _OF_DICTIONARY: {_VALUES: I32},
     _OF_DATA_V2: {
-        **dict.fromkeys((_VALUES, _ENCODING_V2, _LEVELS, _LEVELS_OF_LISTS), _I32),
-        _IS_PACKED: _TRUE,
+        **dict.fromkeys((_VALUES, _ENCODING_V2, _LEVELS, _LEVELS_OF_LISTS), I32),
+        _IS_PACKED: TRUE,
     },
 }
-
-# What comes of reading what is no such thing.
-_SENSELESS = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 
 
 class _Chunk(NamedTuple):
@@ -95,9 +82,11 @@ def open_parquet(path: str) -> Any:
     the checksums of pages where they are written."""
     import pyarrow.parquet
 
+    _require_bounded_footer(path)
     return pyarrow.parquet.ParquetFile(
-        path, pre_buffer=False, buffer_size=_READ_AHEAD, page_checksum_verification=True
-    )
+        path, pre_buffer=False, buffer_size=_READ_AHEAD, page_checksum_verification=True,
+        thrift_container_size_limit=_LONGEST_LIST,
+    )  # fmt: skip
 
 
 def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> Iterator[Any]:
@@ -112,9 +101,16 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
     """
     # By their places: what a chunk says of its own name, pyarrow does not read.
     wanted = list[int | None]()
+    schema = file.schema_arrow
+    # pyarrow makes a dictionary that the schema tells of anew for each batch, beside the last one.
+    kinds = [schema.field(c if c in schema.names else c.split(".")[0]).type for c in columns]
+    times = 3 if any("dictionary<" in str(kind) for kind in kinds) else 1
+    width = 0  # of a value that has always the same, even where it is missing: room is for 64
     for leaf in map(file.metadata.schema.column, range(len(file.metadata.schema))):
         is_wanted = f"{leaf.path}.".startswith(tuple(f"{column}." for column in columns))
         wanted.append(leaf.max_definition_level if is_wanted else None)
+        if is_wanted and leaf.physical_type == "FIXED_LEN_BYTE_ARRAY":
+            width = max(width, leaf.length)
         if is_wanted and leaf.max_repetition_level:
             raise ValueError(
                 f"{path}: column {leaf.path} has lists, of any length, where a text belongs: set "
@@ -123,15 +119,18 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
     at_once = list[int]()
     with open(path, "rb") as content:
         for group, chunks in enumerate(_chunks(content, wanted)):
-            unpacked, average, shared = 0, 1, 1
+            unpacked, average, shared = 64 * width, max(1, width), 1
             for chunk in chunks:
-                pages = list(_pages(content, chunk))
-                dictionary = max((p.unpacked for p in pages if p.is_dictionary), default=0)
-                largest = max((p.unpacked for p in pages if not p.is_dictionary), default=0)
-                unpacked += dictionary + largest
-                average = max([average, *(p.unpacked // p.values for p in pages)])
+                dictionary, largest, beginnings_shared = 0, 0, False
+                for page in _pages(content, chunk):
+                    if page.is_dictionary:
+                        dictionary = max(dictionary, page.unpacked)
+                    else:
+                        largest = max(largest, page.unpacked)
+                    average = max(average, page.unpacked // page.values)
+                    beginnings_shared |= page.beginnings_shared
+                unpacked += times * dictionary + largest
                 # What rows share counts once in its page, and in a batch each time.
-                beginnings_shared = any(p.beginnings_shared for p in pages)
                 shared = max(shared, largest if beginnings_shared else dictionary)
             if unpacked > MOST_UNPACKED:
                 raise ValueError(
@@ -162,38 +161,61 @@ def _chunks(file: BinaryIO, wanted: Sequence[int | None]) -> Iterator[list[_Chun
 
     Of the columns that are wanted: those for which there is a number, the greatest of its levels.
     """
-    size = file.seek(0, os.SEEK_END)
+    place, content = _footer(file)
     try:
-        file.seek(size - 8)
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(size - 8 - length)
-        content = _Compact(file.read(length))
-        for number, kind in content.fields():
-            if number != _ROW_GROUPS:
-                content.skip(kind)
-                continue
-            for _ in content.elements(kind):
-                yield list(_chunks_of_group(content, wanted))
-    except _SENSELESS as error:
-        raise _damaged(file, size - 8) from error
+        for _ in content.elements_of(_ROW_GROUPS):
+            yield list(_chunks_of_group(content, wanted))
+    except SENSELESS as error:
+        raise _damaged(file, place) from error
 
 
-def _chunks_of_group(content: _Compact, wanted: Sequence[int | None]) -> Iterator[_Chunk]:
-    for number, kind in content.fields():
-        if number != _COLUMNS:
-            content.skip(kind)
+def _footer(file: BinaryIO) -> tuple[int, Compact]:
+    """Its place, and what is there."""
+    end = file.seek(0, os.SEEK_END) - 8  # a length, and a mark
+    file.seek(max(0, end))
+    place = max(0, end - int.from_bytes(file.read(4), "little"))
+    file.seek(place)
+    return place, Compact(file.read(min(max(0, end - place), _LARGEST_FOOTER + 1)))
+
+
+def _require_bounded_footer(path: str) -> None:
+    with open(path, "rb") as file:
+        place, content = _footer(file)
+    length = len(content.content)
+    if place < 4 or length <= _ANY_FOOTER:
+        return  # what is none, pyarrow tells
+    chunks = 0
+    try:
+        for _ in content.elements_of(_ROW_GROUPS) if length <= _LARGEST_FOOTER else ():
+            for chunk in content.elements_of(_COLUMNS):
+                content.skip(chunk)
+                chunks += 1
+            if chunks > _MOST_CHUNKS:
+                break
+    except SENSELESS as error:
+        raise _damaged(file, place) from error
+    if chunks > _MOST_CHUNKS or length > _LARGEST_FOOTER:
+        raise ValueError(
+            f"{path}: what it tells of its row groups and their columns pyarrow would turn into "
+            f"some GB; more than {_LARGEST_FOOTER:,} bytes, or than {_MOST_CHUNKS:,} columns of "
+            "row groups, are not read. If the file is sound, write it anew with larger ones, where "
+            "there is memory: import pyarrow.parquet as p; "
+            f"p.write_table(p.read_table({path!r}), NEW)"
+        )
+
+
+def _chunks_of_group(content: Compact, wanted: Sequence[int | None]) -> Iterator[_Chunk]:
+    for element, levels in zip(content.elements_of(_COLUMNS), wanted, strict=True):
+        if levels is None:
+            content.skip(element)
             continue
-        for element, levels in zip(content.elements(kind), wanted, strict=True):
-            if levels is None:
-                content.skip(element)
-                continue
-            chunk = content.struct(_OF_CHUNK)
-            if _ENCRYPTED not in chunk:
-                about = chunk[_META_DATA]
-                # 0: there is no such page.
-                starts = (about.get(_DICTIONARY_PAGE, 0), about[_DATA_PAGE])
-                start = min((start for start in starts if start > 0), default=0)
-                yield _Chunk(start, about[_NUM_VALUES], about[_CODEC], levels > 0)
+        chunk = content.struct(_OF_CHUNK)
+        if _ENCRYPTED not in chunk:
+            about = chunk[_META_DATA]
+            # 0: there is no such page.
+            starts = (about.get(_DICTIONARY_PAGE, 0), about[_DATA_PAGE])
+            start = min((start for start in starts if start > 0), default=0)
+            yield _Chunk(start, about[_NUM_VALUES], about[_CODEC], levels > 0)
 
 
 def _pages(file: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
@@ -205,12 +227,11 @@ def _pages(file: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
             raise _damaged(file, place)
         for most in _HEADER_BYTES:
             file.seek(place)
-            content = _Compact(file.read(most))
+            content = Compact(file.read(most))
             try:
                 header = content.struct(_OF_PAGE)
                 kind = header[_KIND]
-                # Others, as of an index, are passed over.
-                about = header[_HEADERS[kind]] if kind in _HEADERS else {_VALUES: 0}
+                about = header[_HEADERS[kind]]  # nobody writes others
                 if min(header[_PACKED], header[_UNPACKED], about[_VALUES]) < 0:
                     raise ValueError("less than nothing")
                 unpacked = max(header[_PACKED], header[_UNPACKED])
@@ -220,13 +241,16 @@ def _pages(file: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
                     file.seek(place + content.at)
                     readings = _readings(file.read(header[_PACKED]), header, chunk)
                     lists = _LISTS_OF_LENGTHS[encoding]
-                    unpacked += _OF_LENGTH * max(_lengths(values, lists) for values in readings)
+                    lengths = max(_lengths(values, lists) for values in readings)
+                    if lengths > lists * about[_VALUES]:
+                        raise ValueError(f"{lengths} lengths of {about[_VALUES]} texts")
+                    unpacked += _OF_LENGTH * lengths
                 delta = encoding == _DELTA_TEXTS
                 page = _Page(kind == _DICTIONARY, unpacked, max(1, about[_VALUES]), delta)
                 after = place + content.at + header[_PACKED]
                 left -= 0 if kind == _DICTIONARY else about[_VALUES]
                 break
-            except _SENSELESS as error:
+            except SENSELESS as error:
                 senseless = error
         else:
             raise _damaged(file, place) from senseless
@@ -246,7 +270,7 @@ def _readings(content: bytes, header: Mapping[int, Any], chunk: _Chunk) -> Itera
     readings = [values] if is_plain or not values else []
     if chunk.codec != _NOT_PACKED and values:
         # Where its first versions wrote that a page is plain, pyarrow unpacks it all the same.
-        with contextlib.suppress(*_SENSELESS if is_plain else ()):
+        with contextlib.suppress(*SENSELESS if is_plain else ()):
             readings.append(_decompress(values, header[_UNPACKED] - sum(before), chunk.codec))
     for reading in readings:
         if is_v2 or not chunk.has_levels:
@@ -271,7 +295,7 @@ def _lengths(values: memoryview, lists: int) -> int:
     """How many there are in so many lists, one behind another."""
     if not values:
         return 0
-    content = _Compact(values)
+    content = Compact(values)
     count = 0
     for left in range(lists, 0, -1):
         in_block, parts, length, _ = (content.unsigned() for _ in range(4))
@@ -298,95 +322,3 @@ def _damaged(file: BinaryIO, place: int) -> ValueError:
         f"{file.name} cannot be read as parquet: near byte {place:,} it does not tell how large "
         "its pages are; it is damaged, or of an unknown kind: leave it out, or write it anew"
     )
-
-
-class _Compact:
-    """Reads values, or passes over them, one after another."""
-
-    def __init__(self, content: bytes | memoryview) -> None:
-        self.content = content
-        self.at = 0
-
-    def fields(self) -> Iterator[tuple[int, int]]:
-        """Number and kind of a struct's fields; between two of them the value must be read."""
-        number = 0
-        while head := self.byte():
-            step, kind = divmod(head, 16)
-            number = number + step if step else self.signed()
-            if not 0 <= number < 1 << 15:
-                raise ValueError(f"no field has number {number}")  # readers may cut it to 16 bits
-            yield number, kind
-
-    def elements(self, of: int) -> Iterator[int]:
-        """Their kind, as often as a list has some; between two of them one must be read."""
-        if of != _LIST:
-            raise ValueError(f"a value of kind {of} where a list belongs")
-        length, kind = divmod(self.byte(), 16)
-        length = self.unsigned() if length == 15 else length
-        return itertools.repeat(kind, length)
-
-    def struct(self, wanted: _Fields) -> dict[int, Any]:
-        """By their numbers, the fields that are wanted; and of those that are structs, likewise."""
-        found = {}
-        for number, kind in self.fields():
-            if number in found:
-                raise ValueError(f"field {number} is there twice")
-            if number in wanted:
-                found[number] = self.value(kind, wanted[number])
-            else:
-                self.skip(kind)
-        return found
-
-    def value(self, kind: int, wanted: _Fields | int) -> Any:
-        """Only of the kind that is wanted: others would pass over it."""
-        if kind == _STRUCT and isinstance(wanted, Mapping):
-            return self.struct(wanted)
-        if wanted == _TRUE and kind in (_TRUE, _FALSE):
-            return kind == _TRUE
-        if kind != wanted:
-            raise ValueError(f"a value of kind {kind} where {wanted} belongs")
-        value = self.signed()
-        if kind == _I32 and not -1 << 31 <= value < 1 << 31:
-            raise ValueError(f"{value} where 32 bits belong")
-        return value
-
-    def skip(self, kind: int) -> None:
-        if kind in (_I16, _I32, _I64):
-            self.unsigned()
-        elif kind == _BINARY:
-            self.skip_bytes(self.unsigned())
-        elif kind in (_LIST, _SET):
-            for of in self.elements(_LIST):
-                # A truth value has its own byte here, and is part of a field's head elsewhere.
-                self.skip(_BYTE if of in (_TRUE, _FALSE) else of)
-        elif kind == _STRUCT:
-            for _, of in self.fields():
-                self.skip(of)
-        elif kind == _BYTE:
-            self.skip_bytes(1)
-        elif kind == _DOUBLE:
-            self.skip_bytes(8)
-        elif kind not in (_TRUE, _FALSE):
-            raise ValueError(f"parquet has no values of kind {kind}")
-
-    def skip_bytes(self, length: int) -> None:
-        self.at += length
-        if self.at > len(self.content):
-            raise EOFError
-
-    def signed(self) -> int:
-        value = self.unsigned()
-        return (value >> 1) ^ -(value & 1)
-
-    def unsigned(self) -> int:
-        value = 0
-        for shift in range(0, 64, 7):
-            byte = self.byte()
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-        raise ValueError("a number of more than 64 bits")
-
-    def byte(self) -> int:
-        self.at += 1
-        return self.content[self.at - 1]

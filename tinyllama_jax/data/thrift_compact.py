@@ -1,0 +1,133 @@
+"""Values in Thrift's compact protocol, in which parquet tells of itself.
+
+(https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md.) Strict where
+readers differ: what one takes for a page's size, and another passes over, would hide the page.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Kinds of values.
+TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET = range(1, 11)
+STRUCT = 12
+
+# Numbers of the fields that are read, and of what kind each is.
+Fields = Mapping[int, "Fields | int"]
+
+# What comes of reading what is no such thing.
+SENSELESS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class Compact:
+    """Reads values, or passes over them, one after another."""
+
+    def __init__(self, content: bytes | memoryview) -> None:
+        self.content = content
+        self.at = 0
+
+    def fields(self) -> Iterator[tuple[int, int]]:
+        """Number and kind of a struct's fields; between two of them the value must be read."""
+        number = 0
+        while head := self.byte():
+            step, kind = divmod(head, 16)
+            number = number + step if step else self.signed()
+            if not 0 <= number < 1 << 15:
+                raise ValueError(f"no field has number {number}")  # readers may cut it to 16 bits
+            yield number, kind
+
+    def elements(self, of: int) -> Iterator[int]:
+        """Their kind, as often as a list has some; between two of them one must be read."""
+        if of != LIST:
+            raise ValueError(f"a value of kind {of} where a list belongs")
+        length, kind = divmod(self.byte(), 16)
+        length = self.unsigned() if length == 15 else length
+        return itertools.repeat(kind, length)
+
+    def elements_of(self, wanted: int) -> Iterator[int]:
+        """The elements of a struct's field, likewise."""
+        found = False
+        for number, kind in self.fields():
+            if number != wanted:
+                self.skip(kind)
+                continue
+            if found:
+                raise ValueError(f"field {number} is there twice")
+            found = True
+            yield from self.elements(kind)
+
+    def struct(self, wanted: Fields) -> dict[int, Any]:
+        """By their numbers, the fields that are wanted; and of those that are structs, likewise."""
+        found = {}
+        for number, kind in self.fields():
+            if number in found:
+                raise ValueError(f"field {number} is there twice")
+            if number in wanted:
+                found[number] = self.value(kind, wanted[number])
+            else:
+                self.skip(kind)
+        return found
+
+    def value(self, kind: int, wanted: Fields | int) -> Any:
+        """Only of the kind that is wanted: others would pass over it."""
+        if kind == STRUCT and isinstance(wanted, Mapping):
+            return self.struct(wanted)
+        if wanted == TRUE and kind in (TRUE, FALSE):
+            return kind == TRUE
+        if kind != wanted:
+            raise ValueError(f"a value of kind {kind} where {wanted} belongs")
+        value = self.signed()
+        if kind == I32 and not -1 << 31 <= value < 1 << 31:
+            raise ValueError(f"{value} where 32 bits belong")
+        return value
+
+    def skip(self, kind: int) -> None:
+        if kind in (I16, I32, I64):
+            self.unsigned()
+        elif kind == BINARY:
+            self.skip_bytes(self.unsigned())
+        elif kind in (LIST, SET):
+            for of in self.elements(LIST):
+                # A truth value has its own byte here, and is part of a field's head elsewhere.
+                self.skip(BYTE if of in (TRUE, FALSE) else of)
+        elif kind == STRUCT:
+            for _, of in self.fields():
+                self.skip(of)
+        elif kind == BYTE:
+            self.skip_bytes(1)
+        elif kind == DOUBLE:
+            self.skip_bytes(8)
+        elif kind not in (TRUE, FALSE):
+            raise ValueError(f"parquet has no values of kind {kind}")
+
+    def skip_bytes(self, length: int) -> None:
+        self.at += length
+        if self.at > len(self.content):
+            raise EOFError
+
+    def signed(self) -> int:
+        value = self.unsigned()
+        return (value >> 1) ^ -(value & 1)
+
+    def unsigned(self) -> int:
+        value = 0
+        for shift in range(0, 64, 7):
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise ValueError("a number of more than 64 bits")
+
+    def byte(self) -> int:
+        self.at += 1
+        return self.content[self.at - 1]
