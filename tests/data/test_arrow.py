@@ -9,7 +9,7 @@ import pyarrow.ipc
 import pytest
 
 from tests.data.reading import megabytes_used, read, write_arrow
-from tinyllama_jax.data import columnar, formats
+from tinyllama_jax.data import arrow_messages, columnar, formats
 from tinyllama_jax.data.arrow_messages import messages_of_file, most_unpacked
 
 
@@ -294,6 +294,36 @@ def test_a_footer_that_tells_of_a_batch_twice(tmp_path):
         read(path)
 
 
+def test_a_footer_that_does_not_tell_of_the_first_batch(tmp_path, monkeypatch):
+    path = tmp_path / "a.arrow"
+    write_arrow(path, pyarrow.table({"text": ["a text"] * 30}), "file", max_chunksize=10)
+    with pyarrow.memory_map(str(path)) as file:
+        assert len(list(messages_of_file(file))) == 3
+    structs = arrow_messages._Table.structs
+    monkeypatch.setattr(
+        arrow_messages._Table,
+        "structs",
+        lambda *of: structs(*of)[of[1] == arrow_messages._BATCHES :],
+    )
+    with pyarrow.memory_map(str(path)) as file, pytest.raises(ValueError, match="does not tell"):
+        list(messages_of_file(file))
+
+
+def test_batches_without_end(tmp_path, monkeypatch):
+    """Of 10 rows each, which have no bytes."""
+    monkeypatch.setattr(columnar, "_ANY_ROWS", 999)
+    monkeypatch.setattr(columnar, "_ROWS_PER_BYTE", 0)
+    texts = pyarrow.array([b""] * 1000, pyarrow.binary(0))
+    for count, refused in ((99, False), (100, True)):
+        table = pyarrow.table({"text": texts[: 10 * count]})
+        write_arrow(tmp_path / "a.arrow", table, "stream", max_chunksize=10)
+        if refused:
+            with pytest.raises(ValueError, match="says that it has 1,000 rows"):
+                read(tmp_path / "a.arrow")
+        else:
+            assert read(tmp_path / "a.arrow")[1].skipped["empty documents"] == 990
+
+
 @pytest.mark.parametrize("values", [["a text", None], [None, None]])
 def test_a_dictionary_with_nothing_in_it(tmp_path, values):
     """A row without a text, as where the row itself tells of none."""
@@ -320,7 +350,11 @@ def test_rows_without_end(tmp_path):
         options = pyarrow.ipc.IpcWriteOptions(allow_64bit=True)
         with pyarrow.ipc.new_stream(path, batch.schema, options=options) as writer:
             writer.write(batch)
-        match = "rows without a text" if len(meta) > 3 else r'no text under subset_key "meta"'
+        match = (
+            "says that it has 1,000,000,000,000,000 rows"
+            if len(meta) > 3
+            else r'no text under subset_key "meta"'
+        )
         with pytest.raises(ValueError, match=match):
             read(path, subset_key="meta")
 

@@ -35,11 +35,16 @@ def messages_of_file(file: Any) -> Iterator[Any]:
     file.seek(end - length)
     footer = _Table.first_of(file.read(length))
     blocks = [b for kind in (_DICTIONARIES, _BATCHES) for b in footer.structs(kind, "<qi4xq")]
+    told = len(blocks)
+    file.seek(8)
+    mark, schema = struct.unpack("<Ii", file.read(8))
+    if mark == 0xFFFFFFFF:  # polars has none
+        blocks.append((8, 8 + schema, 0))
     for block, (start, *_) in itertools.pairwise(sorted([*blocks, (end - length, 0, 0)])):
         # Between them is padding, and behind the last an end mark too: less than any batch has.
         if not 0 <= start - sum(block) <= 80:
             raise pyarrow.ArrowInvalid("its footer does not tell of all that is in it")
-    for start, _, _ in blocks:
+    for start, _, _ in blocks[:told]:
         file.seek(start)
         yield pyarrow.ipc.read_message(file)
 

@@ -25,6 +25,9 @@ from tinyllama_jax.data.formats import (
 )
 from tinyllama_jax.data.parquet_pages import bounded_batches, open_parquet
 
+# Rows without a text, or with one that they share, take next to no bytes.
+_ANY_ROWS, _ROWS_PER_BYTE = 10_000_000, 1000
+
 
 def read_parquet(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
     """Each row; memory is that of 16 rows, and of the pages, which are unpacked whole."""
@@ -86,16 +89,15 @@ def _of_batches(
     path: str, batches: Iterator[Any], rows: int, keys: Keys, repaired: Repaired, advance: Advance
 ) -> Iterator[Record]:
     """The rows of a file of so many, whose batches hold the columns of `keys` alone."""
-    from pyarrow import types
-
     size = pathlib.Path(path).stat().st_size
     number = 0
     for batch in batches:
         texts = _as_bytes(batch.column(keys.text))
-        if types.is_null(texts.type) and len(batch) > size:
+        said = max(rows, number + len(batch))
+        if said > max(_ANY_ROWS, _ROWS_PER_BYTE * size):
             raise ValueError(
-                f"{path} says that it has {len(batch):,} rows without a text, in {size:,} bytes: "
-                "it is damaged, or made to be read for ever; leave it out"
+                f"{path} says that it has {said:,} rows, in {size:,} bytes: it is damaged, or made "
+                "to be read for ever; leave it out"
             )
         _require_short_texts(texts, path, number)
         for text, record in zip(texts, _with_subset(batch, keys.subset), strict=True):

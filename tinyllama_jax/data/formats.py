@@ -41,7 +41,7 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 PIECE_BYTES = 64 << 20
 LONGEST_TEXT = 256 << 20  # bytes; SlimPajama's longest document is far below
-# Of a line of JSON, numbers and empty lists take up to 30 times their bytes.
+# Of a line of JSON, lists and objects take up to 32 times their bytes.
 _ANY_LINE, _VALUES_OF_LINE = 32 << 20, 16_000_000
 _IN_PIECES = "documents given in pieces of 64 MiB"
 _INVALID_UTF8 = "documents with bytes that are not UTF-8"

@@ -18,17 +18,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from tinyllama_jax.data.formats import MOST_UNPACKED
-from tinyllama_jax.data.thrift_compact import I32, I64, SENSELESS, TRUE, Compact, Fields
+from tinyllama_jax.data.thrift_compact import (
+    BINARY,
+    I32,
+    I64,
+    LIST,
+    SENSELESS,
+    TRUE,
+    Compact,
+    Fields,
+)
 
 _BATCH_BYTES, _LARGEST_BATCH = 16 << 20, 64 << 20
 _READ_AHEAD = 1 << 20
 _HEADER_BYTES = (1 << 12, 16 << 20)  # nearly all; the most that pyarrow takes
-# Of a chunk of a column, of which a footer tells in 3 bytes or more, pyarrow has about 700.
-_ANY_FOOTER, _LARGEST_FOOTER, _MOST_CHUNKS, _LONGEST_LIST = 4 << 20, 32 << 20, 1_000_000, 100_000
+# For a column, or its chunk in a row group, of which a footer tells in 3 bytes or more, pyarrow has
+# about 700: footers of less than 1 MiB may have any number of them.
+_ANY_FOOTER, _LARGEST_FOOTER, _MOST_CHUNKS = 1 << 20, 32 << 20, 1_000_000
 
 # Numbers of fields in parquet.thrift: of the file's metadata and a row group; of a chunk of a
 # column, and its metadata; of a page's header, and what that has for each kind of page.
-_ROW_GROUPS, _COLUMNS = 4, 1
+_SCHEMA, _ROW_GROUPS, _COLUMNS = 2, 4, 1
 _META_DATA, _ENCRYPTED = 3, 8
 _CODEC, _NUM_VALUES, _DATA_PAGE, _DICTIONARY_PAGE = 4, 5, 9, 11
 _KIND, _UNPACKED, _PACKED, _OF_DATA, _OF_DICTIONARY, _OF_DATA_V2 = 1, 2, 3, 5, 7, 8
@@ -47,11 +57,18 @@ _OF_LENGTH, _OF_TEXT = 4, 20
 _NOT_PACKED = 0
 _CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
-# Which of them are read, and of what kind each is.
+# Which of them are read, and of what kind each is; and all lists that there can be.
 _OF_CHUNK: Fields = {
-    _META_DATA: {_CODEC: I32, **dict.fromkeys((_NUM_VALUES, _DATA_PAGE, _DICTIONARY_PAGE), I64)},
+    _META_DATA: {
+        _CODEC: I32,
+        **dict.fromkeys((_NUM_VALUES, _DATA_PAGE, _DICTIONARY_PAGE), I64),
+        # Encodings, names, keys, counts of encodings; counts of levels; kinds of shapes.
+        **{2: [I32], 3: [BINARY], 8: [{}], 13: [{}], 16: {2: [I64], 3: [I64]}, 17: {2: [I32]}},
+    },
     _ENCRYPTED: {},
 }
+_OF_GROUP: Fields = {_COLUMNS: [_OF_CHUNK], 4: [{}]}  # by which columns it is sorted
+_OF_FILE: Fields = {_SCHEMA: [{}], _ROW_GROUPS: [_OF_GROUP], 5: [{}], 7: [{}]}  # keys; orders
 _OF_PAGE: Fields = {
     **dict.fromkeys((_KIND, _UNPACKED, _PACKED), I32),
     _OF_DATA: dict.fromkeys((_VALUES, _ENCODING, _ENCODING_OF_LEVELS), I32),
@@ -84,9 +101,8 @@ def open_parquet(path: str) -> Any:
 
     _require_bounded_footer(path)
     return pyarrow.parquet.ParquetFile(
-        path, pre_buffer=False, buffer_size=_READ_AHEAD, page_checksum_verification=True,
-        thrift_container_size_limit=_LONGEST_LIST,
-    )  # fmt: skip
+        path, pre_buffer=False, buffer_size=_READ_AHEAD, page_checksum_verification=True
+    )
 
 
 def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> Iterator[Any]:
@@ -102,36 +118,39 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
     # By their places: what a chunk says of its own name, pyarrow does not read.
     wanted = list[int | None]()
     schema = file.schema_arrow
-    # pyarrow makes a dictionary that the schema tells of anew for each batch, beside the last one.
+    # Of a dictionary that the schema tells of, pyarrow has the page, a copy, and the last batch's.
     kinds = [schema.field(c if c in schema.names else c.split(".")[0]).type for c in columns]
     times = 3 if any("dictionary<" in str(kind) for kind in kinds) else 1
-    width = 0  # of a value that has always the same, even where it is missing: room is for 64
+    width = 0  # of values that always have one, even where they are missing
     for leaf in map(file.metadata.schema.column, range(len(file.metadata.schema))):
         is_wanted = f"{leaf.path}.".startswith(tuple(f"{column}." for column in columns))
         wanted.append(leaf.max_definition_level if is_wanted else None)
         if is_wanted and leaf.physical_type == "FIXED_LEN_BYTE_ARRAY":
-            width = max(width, leaf.length)
+            width += leaf.length
         if is_wanted and leaf.max_repetition_level:
             raise ValueError(
-                f"{path}: column {leaf.path} has lists, of any length, where a text belongs: set "
-                "text_key and subset_key of the source to the keys that hold them"
+                f"{path}: column {leaf.path}, which is read with {', '.join(columns)}, has lists, "
+                "of any length: set text_key and subset_key of the source to keys that hold texts; "
+                "a column of its own must be renamed, so that it begins otherwise"
             )
     at_once = list[int]()
     with open(path, "rb") as content:
         for group, chunks in enumerate(_chunks(content, wanted)):
+            # pyarrow has room for no fewer than 64 of a width.
             unpacked, average, shared = 64 * width, max(1, width), 1
             for chunk in chunks:
-                dictionary, largest, beginnings_shared = 0, 0, False
+                dictionary, largest, a_text, beginnings_shared = 0, 0, 0, False
                 for page in _pages(content, chunk):
                     if page.is_dictionary:
                         dictionary = max(dictionary, page.unpacked)
                     else:
                         largest = max(largest, page.unpacked)
-                    average = max(average, page.unpacked // page.values)
+                    a_text = max(a_text, page.unpacked // page.values)
                     beginnings_shared |= page.beginnings_shared
                 unpacked += times * dictionary + largest
+                average += a_text
                 # What rows share counts once in its page, and in a batch each time.
-                shared = max(shared, largest if beginnings_shared else dictionary)
+                shared += largest if beginnings_shared else dictionary
             if unpacked > MOST_UNPACKED:
                 raise ValueError(
                     f"{path}: row group {group} has pages of {unpacked:,} bytes, which each worker "
@@ -163,10 +182,10 @@ def _chunks(file: BinaryIO, wanted: Sequence[int | None]) -> Iterator[list[_Chun
     """
     place, content = _footer(file)
     try:
-        for _ in content.elements_of(_ROW_GROUPS):
+        for _ in content.elements_of(_ROW_GROUPS, _OF_FILE):
             yield list(_chunks_of_group(content, wanted))
     except SENSELESS as error:
-        raise _damaged(file, place) from error
+        raise _damaged(file, place, error) from error
 
 
 def _footer(file: BinaryIO) -> tuple[int, Compact]:
@@ -186,14 +205,20 @@ def _require_bounded_footer(path: str) -> None:
         return  # what is none, pyarrow tells
     chunks = 0
     try:
-        for _ in content.elements_of(_ROW_GROUPS) if length <= _LARGEST_FOOTER else ():
-            for chunk in content.elements_of(_COLUMNS):
-                content.skip(chunk)
+        for number, kind in content.fields() if length <= _LARGEST_FOOTER else ():
+            if number not in (_SCHEMA, _ROW_GROUPS) or kind != LIST:
+                content.skip(kind, _OF_FILE.get(number))
+                continue
+            for element in content.elements(_OF_FILE[number]):
                 chunks += 1
-            if chunks > _MOST_CHUNKS:
-                break
+                if number == _SCHEMA:
+                    content.skip(element)
+                    continue
+                for chunk in content.elements_of(_COLUMNS, _OF_GROUP):
+                    content.skip(chunk, _OF_CHUNK)
+                    chunks += 1
     except SENSELESS as error:
-        raise _damaged(file, place) from error
+        raise _damaged(file, place, error) from error
     if chunks > _MOST_CHUNKS or length > _LARGEST_FOOTER:
         raise ValueError(
             f"{path}: what it tells of its row groups and their columns pyarrow would turn into "
@@ -205,16 +230,16 @@ def _require_bounded_footer(path: str) -> None:
 
 
 def _chunks_of_group(content: Compact, wanted: Sequence[int | None]) -> Iterator[_Chunk]:
-    for element, levels in zip(content.elements_of(_COLUMNS), wanted, strict=True):
+    elements = content.elements_of(_COLUMNS, _OF_GROUP)
+    for element, levels in zip(elements, wanted, strict=True):
         if levels is None:
-            content.skip(element)
+            content.skip(element, _OF_CHUNK)
             continue
         chunk = content.struct(_OF_CHUNK)
         if _ENCRYPTED not in chunk:
             about = chunk[_META_DATA]
-            # 0: there is no such page.
-            starts = (about.get(_DICTIONARY_PAGE, 0), about[_DATA_PAGE])
-            start = min((start for start in starts if start > 0), default=0)
+            data, dictionary = about[_DATA_PAGE], about.get(_DICTIONARY_PAGE, 0)
+            start = dictionary if 0 < dictionary < data else data  # 0: there is none
             yield _Chunk(start, about[_NUM_VALUES], about[_CODEC], levels > 0)
 
 
@@ -223,7 +248,7 @@ def _pages(file: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
     place, left = chunk.start, chunk.values
     end = file.seek(0, os.SEEK_END)
     while left > 0:
-        if place >= end:
+        if not 0 < place < end:
             raise _damaged(file, place)
         for most in _HEADER_BYTES:
             file.seek(place)
@@ -241,10 +266,9 @@ def _pages(file: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
                     file.seek(place + content.at)
                     readings = _readings(file.read(header[_PACKED]), header, chunk)
                     lists = _LISTS_OF_LENGTHS[encoding]
-                    lengths = max(_lengths(values, lists) for values in readings)
-                    if lengths > lists * about[_VALUES]:
-                        raise ValueError(f"{lengths} lengths of {about[_VALUES]} texts")
-                    unpacked += _OF_LENGTH * lengths
+                    unpacked += _OF_LENGTH * max(
+                        _lengths(values, lists, about[_VALUES]) for values in readings
+                    )
                 delta = encoding == _DELTA_TEXTS
                 page = _Page(kind == _DICTIONARY, unpacked, max(1, about[_VALUES]), delta)
                 after = place + content.at + header[_PACKED]
@@ -253,7 +277,7 @@ def _pages(file: BinaryIO, chunk: _Chunk) -> Iterator[_Page]:
             except SENSELESS as error:
                 senseless = error
         else:
-            raise _damaged(file, place) from senseless
+            raise _damaged(file, place, senseless) from senseless
         yield page
         place = after
 
@@ -284,6 +308,8 @@ def _readings(content: bytes, header: Mapping[int, Any], chunk: _Chunk) -> Itera
 def _decompress(content: memoryview, size: int, codec: int) -> memoryview:
     import pyarrow
 
+    if codec not in _CODECS:
+        raise ValueError(f"codec {codec} is not known here")  # 5 is LZ4 as Hadoop parts it
     try:
         unpacked = pyarrow.Codec(_CODECS[codec]).decompress(content, size)
         return memoryview(unpacked).cast("B")  # pyarrow's are signed
@@ -291,8 +317,8 @@ def _decompress(content: memoryview, size: int, codec: int) -> memoryview:
         raise ValueError(str(error)) from error
 
 
-def _lengths(values: memoryview, lists: int) -> int:
-    """How many there are in so many lists, one behind another."""
+def _lengths(values: memoryview, lists: int, most: int) -> int:
+    """How many there are in so many lists, one behind another, each of at most so many."""
     if not values:
         return 0
     content = Compact(values)
@@ -303,8 +329,10 @@ def _lengths(values: memoryview, lists: int) -> int:
         # What would not fit into 32 bits, others would read as less.
         if max(in_block, parts, length, 32 * in_part) >> 32 or not in_part or in_part % 32:
             raise ValueError(f"no list of {length} has blocks of {in_block} in {parts} parts")
+        if length > most:
+            raise ValueError(f"{length} lengths of {most} texts")
         count += length
-        if left == 1 or _OF_LENGTH * count > MOST_UNPACKED:
+        if left == 1:
             break
         length -= 1  # the first stands alone
         while length > 0:
@@ -317,8 +345,9 @@ def _lengths(values: memoryview, lists: int) -> int:
     return count
 
 
-def _damaged(file: BinaryIO, place: int) -> ValueError:
+def _damaged(file: BinaryIO, place: int, why: object = "outside of the file") -> ValueError:
     return ValueError(
         f"{file.name} cannot be read as parquet: near byte {place:,} it does not tell how large "
-        "its pages are; it is damaged, or of an unknown kind: leave it out, or write it anew"
+        f"its pages are ({why}); it is damaged, or of an unknown kind: leave it out, or write it "
+        "anew"
     )

@@ -14,19 +14,14 @@ from typing import Any
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET = range(1, 11)
 STRUCT = 12
 
-# Numbers of the fields that are read, and of what kind each is.
-Fields = Mapping[int, "Fields | int"]
+# What is known of a struct: numbers of fields, and of what kind each is; [] around that of a list's
+# elements.
+Fields = Mapping[int, "Kind"]
+Kind = int | Fields | list["int | Fields"]
 
 # What comes of reading what is no such thing.
-SENSELESS = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+SENSELESS = (ArithmeticError, EOFError, LookupError, RecursionError, ValueError)
+_INTEGERS = (I16, I32, I64)
 
 
 class Compact:
@@ -46,36 +41,45 @@ class Compact:
                 raise ValueError(f"no field has number {number}")  # readers may cut it to 16 bits
             yield number, kind
 
-    def elements(self, of: int) -> Iterator[int]:
-        """Their kind, as often as a list has some; between two of them one must be read."""
-        if of != LIST:
-            raise ValueError(f"a value of kind {of} where a list belongs")
+    def elements(self, known: Kind | None = None) -> Iterator[int]:
+        """Their kind, as often as a list has some; between two of them one must be read.
+
+        Others read what they know as what it should be, whatever the list says that it has.
+        """
         length, kind = divmod(self.byte(), 16)
         length = self.unsigned() if length == 15 else length
+        if length and isinstance(known, list):
+            (of,) = known
+            belongs = STRUCT if isinstance(of, Mapping) else of
+            if kind != belongs and not (kind in _INTEGERS and belongs in _INTEGERS):
+                raise ValueError(f"a list of kind {kind} where one of {belongs} belongs")
         return itertools.repeat(kind, length)
 
-    def elements_of(self, wanted: int) -> Iterator[int]:
+    def elements_of(self, wanted: int, known: Fields) -> Iterator[int]:
         """The elements of a struct's field, likewise."""
         found = False
         for number, kind in self.fields():
             if number != wanted:
-                self.skip(kind)
+                self.skip(kind, known.get(number))
                 continue
             if found:
                 raise ValueError(f"field {number} is there twice")
+            if kind != LIST:
+                raise ValueError(f"a value of kind {kind} where a list belongs")
             found = True
-            yield from self.elements(kind)
+            yield from self.elements(known[number])
 
-    def struct(self, wanted: Fields) -> dict[int, Any]:
-        """By their numbers, the fields that are wanted; and of those that are structs, likewise."""
-        found = {}
+    def struct(self, known: Fields) -> dict[int, Any]:
+        """By their numbers, the fields that are known, but for lists; in structs likewise."""
+        found = dict[int, Any]()
         for number, kind in self.fields():
             if number in found:
                 raise ValueError(f"field {number} is there twice")
-            if number in wanted:
-                found[number] = self.value(kind, wanted[number])
+            of = known.get(number)
+            if of is None or isinstance(of, list):
+                self.skip(kind, of)
             else:
-                self.skip(kind)
+                found[number] = self.value(kind, of)
         return found
 
     def value(self, kind: int, wanted: Fields | int) -> Any:
@@ -91,18 +95,20 @@ class Compact:
             raise ValueError(f"{value} where 32 bits belong")
         return value
 
-    def skip(self, kind: int) -> None:
-        if kind in (I16, I32, I64):
+    def skip(self, kind: int, known: Kind | None = None) -> None:
+        if kind in _INTEGERS:
             self.unsigned()
         elif kind == BINARY:
             self.skip_bytes(self.unsigned())
         elif kind in (LIST, SET):
-            for of in self.elements(LIST):
+            element = known[0] if isinstance(known, list) else None
+            for of in self.elements(known):
                 # A truth value has its own byte here, and is part of a field's head elsewhere.
-                self.skip(BYTE if of in (TRUE, FALSE) else of)
+                self.skip(BYTE if of in (TRUE, FALSE) else of, element)
         elif kind == STRUCT:
-            for _, of in self.fields():
-                self.skip(of)
+            fields = known if isinstance(known, Mapping) else {}
+            for number, of in self.fields():
+                self.skip(of, fields.get(number))
         elif kind == BYTE:
             self.skip_bytes(1)
         elif kind == DOUBLE:
