@@ -239,7 +239,7 @@ def test_a_footer_that_hides_a_row_group(tmp_path, monkeypatch):
     assert len(read(path)[0]) == 100
     chunks = parquet_pages._chunks
     monkeypatch.setattr(parquet_pages, "_chunks", lambda *of: itertools.islice(chunks(*of), 1))
-    with pytest.raises(ValueError, match="does not tell how large its pages are"):
+    with pytest.raises(ValueError, match=r"does not tell how large .* \(only of 1 row groups\)"):
         read(path)
 
 

@@ -161,7 +161,7 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
             fitting = min(rows, _BATCH_BYTES // average, _LARGEST_BATCH // shared)
             at_once.append(max(1, fitting))
         if len(at_once) != file.metadata.num_row_groups:
-            raise _damaged(content, 0)
+            raise _damaged(content, 0, f"only of {len(at_once)} row groups")
     left = file.metadata.num_rows
     for size, groups in itertools.groupby(range(len(at_once)), at_once.__getitem__):
         for batch in file.iter_batches(size, row_groups=list(groups), columns=list(columns)):
