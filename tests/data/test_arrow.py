@@ -311,8 +311,8 @@ def test_a_footer_that_does_not_tell_of_the_first_batch(tmp_path, monkeypatch):
 
 def test_batches_without_end(tmp_path, monkeypatch):
     """Of 10 rows each, which have no bytes."""
-    monkeypatch.setattr(columnar, "_ANY_ROWS", 999)
-    monkeypatch.setattr(columnar, "_ROWS_PER_BYTE", 0)
+    monkeypatch.setattr(formats, "_ANY_ROWS", 999)
+    monkeypatch.setattr(formats, "_ROWS_PER_BYTE", 0)
     texts = pyarrow.array([b""] * 1000, pyarrow.binary(0))
     for count, refused in ((99, False), (100, True)):
         table = pyarrow.table({"text": texts[: 10 * count]})

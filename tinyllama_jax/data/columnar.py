@@ -20,13 +20,11 @@ from tinyllama_jax.data.formats import (
     as_text,
     no_such_key,
     no_text,
+    require_few_rows,
     require_short,
     subset_of,
 )
 from tinyllama_jax.data.parquet_pages import bounded_batches, open_parquet
-
-# Rows without a text, or with one that they share, take next to no bytes.
-_ANY_ROWS, _ROWS_PER_BYTE = 10_000_000, 1000
 
 
 def read_parquet(path: str, keys: Keys, repaired: Repaired, advance: Advance) -> Iterator[Record]:
@@ -93,12 +91,7 @@ def _of_batches(
     number = 0
     for batch in batches:
         texts = _as_bytes(batch.column(keys.text))
-        said = max(rows, number + len(batch))
-        if said > max(_ANY_ROWS, _ROWS_PER_BYTE * size):
-            raise ValueError(
-                f"{path} says that it has {said:,} rows, in {size:,} bytes: it is damaged, or made "
-                "to be read for ever; leave it out"
-            )
+        require_few_rows(number + len(batch), path, size)
         _require_short_texts(texts, path, number)
         for text, record in zip(texts, _with_subset(batch, keys.subset), strict=True):
             where = f"{path}, row {number}"

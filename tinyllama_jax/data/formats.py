@@ -43,6 +43,7 @@ PIECE_BYTES = 64 << 20
 LONGEST_TEXT = 256 << 20  # bytes; SlimPajama's longest document is far below
 # Of a line of JSON, lists and objects take up to 32 times their bytes.
 _ANY_LINE, _VALUES_OF_LINE = 32 << 20, 16_000_000
+_ANY_ROWS, _ROWS_PER_BYTE = 10_000_000, 1000
 _IN_PIECES = "documents given in pieces of 64 MiB"
 _INVALID_UTF8 = "documents with bytes that are not UTF-8"
 
@@ -200,6 +201,15 @@ def require_short(size: int, where: str) -> None:
     if size > LONGEST_TEXT:
         raise ValueError(
             f"{where}: a text of {size >> 20} MiB, which no document has; leave it out"
+        )
+
+
+def require_few_rows(rows: int, path: str, size: int) -> None:
+    """Without a text, or with one that they share, rows take next to no bytes."""
+    if rows > max(_ANY_ROWS, _ROWS_PER_BYTE * size):
+        raise ValueError(
+            f"{path} says that it has {rows:,} rows, in {size:,} bytes: it is damaged, or made to "
+            "be read for ever; leave it out"
         )
 
 

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-from tinyllama_jax.data.formats import MOST_UNPACKED
+from tinyllama_jax.data.formats import MOST_UNPACKED, require_few_rows
 from tinyllama_jax.data.thrift_compact import (
     BINARY,
     I32,
@@ -112,9 +112,11 @@ def bounded_batches(path: str, file: Any, columns: Sequence[str], rows: int) -> 
       columns: names, or paths into structs ("meta.set"): then of the struct that field alone.
 
     Raises ValueError where more than 1 GiB of them would be unpacked at once (of each column a
-    dictionary and a page; reading takes about twice as much), where a column has lists, and in the
-    end where there are not as many rows as the file says.
+    dictionary and a page; reading takes about twice as much), where a column has lists, where there
+    are more rows than the file can have for good, and in the end where there are not as many as it
+    says.
     """
+    require_few_rows(file.metadata.num_rows, path, os.path.getsize(path))
     # By their places: what a chunk says of its own name, pyarrow does not read.
     wanted = list[int | None]()
     schema = file.schema_arrow
