@@ -109,6 +109,8 @@ def _find(config: Config, tokenizer: Tokenizer, text: str) -> None:
     if not found:
         print(f'no document to train on holds "{text}"')
         return
+    for document in found:  # at once: a long run's rows take hours to go through
+        print(f"{document}, {document.tokens} tokens from {document.start} on", flush=True)
     counts = training.tokens_at(config.total_steps)
     sources = {document.source for document in found}
     rows = sum(counts[source] for source in sources) // config.data.seq_len
@@ -116,7 +118,7 @@ def _find(config: Config, tokenizer: Tokenizer, text: str) -> None:
         seen = steps_that_see(training, found, config.total_steps, progress.advance)
     for document, steps in seen.items():
         at = ", ".join(str(step + 1) for step in steps) or "none of the run"
-        print(f"{document}, {document.tokens} tokens from {document.start} on: seen at steps {at}")
+        print(f"{document}: seen at steps {at}")
 
 
 if __name__ == "__main__":

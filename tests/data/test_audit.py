@@ -395,3 +395,23 @@ def test_the_page_escapes_what_it_shows(prepared, tmp_path):
     write_page(result, prepared, TOKENIZER, tmp_path / "audit.html")
     text = (tmp_path / "audit.html").read_text()
     assert "<script>" not in text and "&lt;script&gt;" in text and "data:image/png;base64," in text
+
+
+def test_the_door_finds_what_a_step_sees(tmp_path):
+    """A document is told of at once, then its steps, and each of those sees it."""
+    flags = ["--config=configs/quickstart.py", f"--config.data.prepared={tmp_path}"]
+    subprocess.run(
+        [sys.executable, "-m", "tinyllama_jax.prepare", *flags], check=True, capture_output=True
+    )
+    done = door(*flags, "--find=def heappushpop(heap, item)")
+    assert done.returncode == 0, done.stderr
+    where, seen = done.stdout.splitlines()
+    assert re.fullmatch(r"code: heapq\.py, record 0, \d+ tokens from \d+ on", where)
+    name, steps = seen.split(": seen at steps ")
+    assert where.startswith(name)
+    for step in steps.split(", "):
+        assert "code: heapq.py, record 0, tokens" in door(*flags, f"--step={step}").stdout
+    done = door(*flags, "--find=no document holds this")
+    assert done.stdout == 'no document to train on holds "no document holds this"\n'
+    done = door(*flags, "--step=0")
+    assert done.returncode == 1 and "--step=0 is none of the run's steps" in done.stderr
